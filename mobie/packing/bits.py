@@ -1,0 +1,56 @@
+"""Bits in bytes. One layout serves signs and n-bit codes: bit planes along the last dimension.
+
+    codes  (..., n)  values 0 .. 2**bits - 1
+    packed (..., bits, ceil(n / 8))  uint8
+
+    plane p of a row, byte b:   column  8b  8b+1 … 8b+7
+                                bit      0    1  …  7      (bit p of each code; little-endian within the byte)
+
+A row whose length is no multiple of 8 is padded with zero bits at its end.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack integer codes `(..., n)` into `(..., bits, ceil(n/8))` uint8.
+
+    Raises:
+        ValueError: a code does not fit in `bits` bits.
+    """
+    values = codes.detach().cpu().numpy()
+    if values.size and (values.min() < 0 or values.max() >= 1 << bits):
+        raise ValueError(f"codes span {values.min()}..{values.max()}, expected 0..{(1 << bits) - 1}")
+    planes = (values[..., None, :].astype(np.uint8) >> np.arange(bits, dtype=np.uint8)[:, None]) & 1
+    return torch.from_numpy(np.packbits(planes, axis=-1, bitorder="little"))
+
+
+def unpack_codes(packed: Tensor, length: int) -> Tensor:
+    """Inverse of `pack_codes`: `(..., bits, ceil(length/8))` → `(..., length)` uint8."""
+    planes = np.unpackbits(packed.cpu().numpy(), axis=-1, count=length, bitorder="little")
+    weights = (1 << np.arange(packed.shape[-2], dtype=np.uint8))[:, None]
+    return torch.from_numpy((planes * weights).sum(axis=-2, dtype=np.uint8))
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Pack booleans `(..., n)` into `(..., ceil(n/8))` uint8."""
+    return pack_codes(mask, bits=1).squeeze(-2)
+
+
+def unpack_mask(packed: Tensor, length: int) -> Tensor:
+    """Inverse of `pack_mask`: `(..., ceil(length/8))` → `(..., length)` bool."""
+    return unpack_codes(packed.unsqueeze(-2), length).bool()
+
+
+def pack_signs(values: Tensor) -> Tensor:
+    """Pack the signs of `(..., n)` values, 1 for `value >= 0` (eq. 3: sign(0) = +1)."""
+    return pack_mask(values >= 0)
+
+
+def unpack_signs(packed: Tensor, length: int) -> Tensor:
+    """Signs `(..., length)` as float32 ±1."""
+    return unpack_mask(packed, length).float().mul_(2).sub_(1)
