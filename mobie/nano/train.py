@@ -9,12 +9,11 @@ it is on its plateau.
 from __future__ import annotations
 
 import csv
-import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +23,13 @@ from tqdm import tqdm
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from mobie.nano.corpus import Corpus
+from mobie.provenance import versions
+from mobie.storage import atomic_write, write_json
 
 END_OF_TEXT = "<|endoftext|>"
+LOG = "log.csv"
+LOG_COLUMNS = ("step", "tokens", "loss", "heldout_perplexity", "seconds")
+VALIDATION_WINDOWS = 64
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,9 @@ class Recipe:
     top_k: int = 4
     sequence_length: int = 256
     batch_sequences: int = 32
-    steps: int = 1700
+    steps: int = 1200
     warmup_steps: int = 100
-    decay_fraction: float = 0.4
+    decay_fraction: float = 0.5
     muon_lr: float = 0.02
     adam_lr: float = 0.004
     weight_decay: float = 0.05
@@ -155,7 +159,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
 
 
 def batch(stream: np.ndarray, recipe: Recipe, step: int) -> Tensor:
-    """Token ids `(batch_sequences, sequence_length + 1)` of a step: shuffled windows, a new order and offset each epoch."""
+    """Token ids `(batch_sequences, sequence_length + 1)` of a step; each epoch has a new order and offset."""
     length = recipe.sequence_length
     windows = (len(stream) - 1) // length - 1
     per_epoch = windows // recipe.batch_sequences
@@ -183,16 +187,65 @@ def heldout_perplexity(model: OlmoeForCausalLM, stream: np.ndarray, length: int,
     return math.exp(total / (count * (length - 1)))
 
 
-def _save_checkpoint(path: Path, **state) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+class Run:
+    """A training run in a folder: model, optimisers, and how far it has come."""
+
+    def __init__(self, work: Path, recipe: Recipe, end_of_text: int) -> None:
+        """Start a run, or go on from the checkpoint in `work`."""
+        torch.manual_seed(recipe.seed)
+        self.recipe = recipe
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = recipe.model_config(end_of_text)
+        model = OlmoeForCausalLM._from_config(config, experts_implementation="grouped_mm")
+        self.model = model.to(self.device)
+        self.optimizers = make_optimizers(self.model, recipe)
+        self.step, self._seconds_before = 0, 0.0
+        self._checkpoint = work / "checkpoint.pt"
+        if self._checkpoint.exists():
+            state = torch.load(self._checkpoint, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step, self._seconds_before = state["step"], state["seconds"]
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._began
+
+    def train_step(self, tokens: Tensor) -> float:
+        """One update on token ids `(sequences, length + 1)`; returns the cross-entropy."""
+        recipe = self.recipe
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * recipe.lr_scale(self.step)
+        tokens = tokens.to(self.device)
+        output = self.model(tokens[:, :-1], output_router_logits=True)
+        loss = nn.functional.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
+        (loss + recipe.router_aux_loss * output.aux_loss).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.item()
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "seconds": self.seconds,
+            "step": self.step,
+        }
+        with atomic_write(self._checkpoint) as temporary:
+            torch.save(state, temporary)
 
 
-def train(corpus: Corpus, work: Path, recipe: Recipe, *, checkpoint_every: int = 100) -> dict[str, float]:
-    """Train or go on from the checkpoint in `work`; leaves `work/model` (weights in bfloat16, tokenizer).
+def train(corpus: Corpus, work: Path, recipe: Recipe, *, checkpoint_every: int = 50) -> dict[str, Any]:
+    """Train, or go on from the checkpoint in `work`; leaves `work/model` and `work/training.json`.
 
-    Returns the figures for the training record: tokens seen, seconds, held-out perplexity of the stored weights.
+    Returns the training record.
     """
     work.mkdir(parents=True, exist_ok=True)
     tokenizer_folder = work / "tokenizer"
@@ -201,67 +254,47 @@ def train(corpus: Corpus, work: Path, recipe: Recipe, *, checkpoint_every: int =
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     stream = pack(corpus.train, tokenizer, recipe.seed)
     heldout = pack(corpus.heldout, tokenizer, recipe.seed)
-
-    torch.manual_seed(recipe.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = OlmoeForCausalLM._from_config(
-        recipe.model_config(tokenizer.eos_token_id), experts_implementation="grouped_mm"
-    ).to(device)
-    optimizers = make_optimizers(model, recipe)
-    checkpoint = work / "checkpoint.pt"
-    start, seconds_before = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        start, seconds_before = state["step"], state["seconds"]
-
+    run = Run(work, recipe, tokenizer.eos_token_id)
     tokens_per_step = recipe.batch_sequences * recipe.sequence_length
-    began = time.monotonic()
-    log = work / "log.csv"
-    with log.open("a", newline="") as log_file, tqdm(
-        total=recipe.steps, initial=start, unit="step", smoothing=0.02
-    ) as bar:
-        writer = csv.writer(log_file)
-        for step in range(start, recipe.steps):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * recipe.lr_scale(step)
-            tokens = batch(stream, recipe, step).to(device)
-            output = model(tokens[:, :-1], output_router_logits=True)
-            loss = nn.functional.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
-            (loss + recipe.router_aux_loss * output.aux_loss).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad(set_to_none=True)
-            done = step + 1
+    with (
+        (work / LOG).open("a", newline="") as log_file,
+        tqdm(total=recipe.steps, initial=run.step, unit="step", smoothing=0.02) as bar,
+    ):
+        log = csv.writer(log_file)
+        while run.step < recipe.steps:
+            loss = run.train_step(batch(stream, recipe, run.step))
             bar.update()
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {tokens_per_step * (done - start) / (time.monotonic() - began):.0f} tok/s")
-            if done % checkpoint_every == 0 or done == recipe.steps:
-                seconds = seconds_before + time.monotonic() - began
-                perplexity = heldout_perplexity(model, heldout, recipe.sequence_length, 64)
-                writer.writerow([done, done * tokens_per_step, f"{loss.item():.4f}", f"{perplexity:.3f}", f"{seconds:.0f}"])
+            bar.set_postfix_str(f"loss {loss:.3f}")
+            if run.step % checkpoint_every == 0 or run.step == recipe.steps:
+                perplexity = heldout_perplexity(run.model, heldout, recipe.sequence_length, VALIDATION_WINDOWS)
+                seen = run.step * tokens_per_step
+                log.writerow([run.step, seen, f"{loss:.4f}", f"{perplexity:.3f}", f"{run.seconds:.0f}"])
                 log_file.flush()
-                _save_checkpoint(
-                    checkpoint,
-                    model=model.state_dict(),
-                    optimizers=[o.state_dict() for o in optimizers],
-                    step=done,
-                    seconds=seconds,
-                )
-
-    stored = model.to(torch.bfloat16)
-    stored.save_pretrained(work / "model")
+                run.save()
+    run.model.to(torch.bfloat16).save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
-    evaluated = OlmoeForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
-    figures = {
-        "heldout_perplexity": heldout_perplexity(evaluated, heldout, recipe.sequence_length, None),
+    return write_record(corpus, work, recipe)
+
+
+def write_record(corpus: Corpus, work: Path, recipe: Recipe) -> dict[str, Any]:
+    """Write `work/training.json`: how the stored weights in `work/model` were made and how good they are."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
+    heldout = pack(corpus.heldout, tokenizer, recipe.seed)
+    model = OlmoeForCausalLM.from_pretrained(work / "model", dtype=torch.float32).eval()
+    with (work / LOG).open(newline="") as file:
+        curve = [dict(zip(LOG_COLUMNS, map(float, row), strict=True)) for row in csv.reader(file)]
+    record = {
+        "answer_overlap": corpus.answer_overlap,
+        "curve": curve,
+        "documents": {"train": len(corpus.train), "heldout": len(corpus.heldout)},
+        "dropped": corpus.dropped,
+        "heldout_perplexity": heldout_perplexity(model, heldout, recipe.sequence_length, None),
         "heldout_tokens": len(heldout),
-        "train_tokens_unique": len(stream),
-        "train_tokens_seen": recipe.steps * tokens_per_step,
-        "seconds": seconds_before + time.monotonic() - began,
+        "recipe": asdict(recipe),
+        "seconds": curve[-1]["seconds"],
+        "train_tokens_seen": recipe.steps * recipe.batch_sequences * recipe.sequence_length,
+        "train_tokens_unique": len(pack(corpus.train, tokenizer, recipe.seed)),
+        "versions": versions(),
     }
-    (work / "figures.json").write_text(json.dumps(figures | asdict(recipe), indent=2, sort_keys=True) + "\n")
-    return figures
+    write_json(work / "training.json", record)
+    return record

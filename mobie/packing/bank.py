@@ -14,48 +14,62 @@ import torch
 from torch import Tensor
 
 from mobie.packing.base import FORMATS, Packed, register_format
+from mobie.packing.bits import pack_codes, unpack_codes
+
+
+#: name under which gate and up are stored as one bank, `(2·experts, out, in)`, when they share one basis
+GATE_UP = "gate_up"
 
 
 @register_format
 @dataclass(frozen=True)
-class Int8Matrix(Packed):
+class SymmetricRows(Packed):
     """Symmetric n-bit matrix with one float16 scale per row (section 4.1: the shared basis UΣ).
 
-    codes `(rows, cols)` int8, scale `(rows,)`.
+    codes: 8 bits: `(rows, cols)` int8; fewer: `(rows, bits, ceil(cols/8))` uint8, the code plus `2^(bits-1)`, bit planes.
+    scale: `(rows,)` float16.
     """
 
-    format = "int8-rows"
+    format = "symmetric-rows"
     code_tensors = frozenset({"codes"})
 
     codes: Tensor
     scale: Tensor
+    bits: int
+    columns: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape)
+        return (len(self.scale), self.columns)
 
     @classmethod
-    def quantize(cls, matrix: Tensor) -> Self:
-        """Round `(rows, cols)` to 8 bits, the largest magnitude of a row at ±127."""
-        scale = (matrix.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float16).tiny).half()
-        codes = (matrix / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        return cls(codes, scale)
+    def quantize(cls, matrix: Tensor, bits: int) -> Self:
+        """Round `(rows, cols)`, the largest magnitude of a row at ±(2^(bits-1) - 1)."""
+        top = (1 << (bits - 1)) - 1
+        scale = (matrix.abs().amax(dim=1) / top).clamp(min=torch.finfo(torch.float16).tiny).half()
+        codes = (matrix / scale.float()[:, None]).round().clamp(-top, top)
+        stored = codes.to(torch.int8) if bits == 8 else pack_codes(codes.int() + top + 1, bits)
+        return cls(stored, scale, bits, matrix.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (self.codes.float() * self.scale.float()[:, None]).to(dtype)
+        if self.bits == 8:
+            codes = self.codes.float()
+        else:
+            codes = unpack_codes(self.codes, self.columns).float() - (1 << (self.bits - 1))
+        return (codes * self.scale.float()[:, None]).to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"codes": self.codes, "scale": self.scale}
 
     def header(self) -> dict[str, Any]:
-        return {}
+        return {"bits": self.bits, "columns": self.columns}
 
     @classmethod
     def from_tensors(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        return cls(tensors["codes"], tensors["scale"])
+        return cls(tensors["codes"], tensors["scale"], header["bits"], header["columns"])
 
-    def paper_bits(self, active_experts: int | None = None) -> float:
-        return 8.0
+    def paper_bits(self, active_share: float = 1.0) -> float:
+        return float(self.bits)
 
 
 @register_format
@@ -90,7 +104,8 @@ class PackedBank(Packed):
 
     def tensors(self) -> dict[str, Tensor]:
         parts = [expert.tensors() for expert in self.experts]
-        joined = {f"experts.{name}": torch.cat([p[name].flatten() for p in parts]) for name in parts[0]}
+        names = dict.fromkeys(name for part in parts for name in part)  # an expert may lack an optional tensor
+        joined = {f"experts.{name}": torch.cat([p[name].flatten() for p in parts if name in p]) for name in names}
         if self.basis is not None:
             joined |= {f"basis.{name}": tensor for name, tensor in self.basis.tensors().items()}
         return joined
@@ -109,7 +124,7 @@ class PackedBank(Packed):
     @classmethod
     def from_tensors(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         expert_class = FORMATS[header["expert_format"]]
-        offsets = dict.fromkeys(header["experts"][0]["shapes"], 0)
+        offsets = dict.fromkeys((name for entry in header["experts"] for name in entry["shapes"]), 0)
         experts = []
         for entry in header["experts"]:
             own = {}
@@ -128,11 +143,19 @@ class PackedBank(Packed):
         part, _, rest = name.partition(".")
         return (self.basis if part == "basis" else self.experts[0]).is_code(rest)
 
-    def paper_bits(self, active_experts: int | None = None) -> float:
+    def paper_bits(self, active_share: float = 1.0) -> float:
         count, rows, cols = self.shape
         expert_weights = self.experts[0].shape[0] * self.experts[0].shape[1]
         bits = sum(expert.paper_bits() for expert in self.experts) / count * expert_weights / (rows * cols)
         if self.basis is None:
             return bits
         basis_weights = self.basis.shape[0] * self.basis.shape[1]
-        return bits + self.basis.paper_bits() * basis_weights / ((active_experts or count) * rows * cols)
+        return bits + self.basis.paper_bits() * basis_weights / (active_share * count * rows * cols)
+
+
+def split_gate_up(projections: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo the common storage of gate and up: `gate_up (2·experts, out, in)` → `gate` and `up`."""
+    split = dict(projections)
+    if GATE_UP in split:
+        split["gate"], split["up"] = split.pop(GATE_UP).chunk(2)
+    return split

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,11 +29,14 @@ class LedgerItem:
 class BitLedger:
     """Every stored byte of some weights, itemised.
 
-    `weights` is the number of original weights described; `paper_bits` what the method's paper would print for them.
+    weights:        number of original weights described.
+    active_weights: how many of them a token uses (top-k of the experts); the weighting of `paper_bits`.
+    paper_bits:     bits per active weight by the formula of the method's paper.
     """
 
     items: tuple[LedgerItem, ...]
     weights: int
+    active_weights: float
     paper_bits: float
 
     @property
@@ -47,15 +51,15 @@ class BitLedger:
 
     @staticmethod
     def merge(ledgers: Mapping[str, BitLedger]) -> BitLedger:
-        """Sum of ledgers, item names prefixed by the keys; `paper_bits` is averaged over weights."""
+        """Sum of ledgers, item names prefixed by the keys; `paper_bits` is averaged over active weights (Table 2)."""
         items = tuple(
             LedgerItem(f"{prefix}.{item.name}", item.kind, item.bytes)
             for prefix, ledger in ledgers.items()
             for item in ledger.items
         )
-        weights = sum(ledger.weights for ledger in ledgers.values())
-        paper = sum(ledger.paper_bits * ledger.weights for ledger in ledgers.values()) / weights
-        return BitLedger(items, weights, paper)
+        active = sum(ledger.active_weights for ledger in ledgers.values())
+        paper = sum(ledger.paper_bits * ledger.active_weights for ledger in ledgers.values()) / active
+        return BitLedger(items, sum(ledger.weights for ledger in ledgers.values()), active, paper)
 
 
 class Packed(ABC):
@@ -92,23 +96,22 @@ class Packed(ABC):
         """Inverse of `header()` and `tensors()`."""
 
     @abstractmethod
-    def paper_bits(self, active_experts: int | None = None) -> float:
+    def paper_bits(self, active_share: float = 1.0) -> float:
         """Bits per weight by the formula of the method's paper.
 
-        `active_experts` is the number of experts a token uses; only a bank with a shared basis depends on it
-        (eq. 44; eq. 43 when it is None).
+        `active_share` is the share of a bank's experts that a token uses; only a bank with a shared basis depends on it
+        (eq. 44; eq. 43 when it is 1).
         """
 
-    def ledger(self, active_experts: int | None = None) -> BitLedger:
+    def ledger(self, active_share: float = 1.0) -> BitLedger:
         """Account of every stored byte."""
         items = tuple(
             LedgerItem(name, CODE if self.is_code(name) else SIDE, tensor.numel() * tensor.element_size())
             for name, tensor in sorted(self.tensors().items())
         )
-        weights = 1
-        for size in self.shape:
-            weights *= size
-        return BitLedger(items, weights, self.paper_bits(active_experts))
+        weights = math.prod(self.shape)
+        active = weights * active_share if len(self.shape) == 3 else weights
+        return BitLedger(items, weights, active, self.paper_bits(active_share))
 
     def is_code(self, name: str) -> bool:
         return name in self.code_tensors

@@ -39,5 +39,5 @@ class Dense16(Packed):
     def from_tensors(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         return cls(tensors["weight"])
 
-    def paper_bits(self, active_experts: int | None = None) -> float:
+    def paper_bits(self, active_share: float = 1.0) -> float:
         return 16.0

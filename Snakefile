@@ -1,0 +1,23 @@
+# The main job: models and data in, records, tables out.
+#
+#   snakemake --cores all results/table2.csv                        the embedded model, any machine
+#   snakemake --cores all --config suite=paper results/table2.csv   the paper's models, GPU and hub
+#   snakemake -n                                                    what would run
+#   snakemake --cores all train_nano                                train the embedded model again (hours)
+#
+# A rule calls one verb of `python -m mobie`; `python -m mobie VERB --help` explains it.
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/fetch.smk"
+include: "workflow/rules/nano.smk"
+include: "workflow/rules/calibrate.smk"
+include: "workflow/rules/quantize.smk"
+include: "workflow/rules/score.smk"
+include: "workflow/rules/tables.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        PATHS.table("table2", "csv"),

@@ -1,0 +1,87 @@
+"""Calibration token sets: windows drawn from a text, saved with what they were made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mobie.errors import ConfigError, DataError
+from mobie.storage import write_bytes
+
+SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class TokensOrigin:
+    """What a token set was drawn from: name and SHA-256 of the text, the tokenizer's vocabulary, the seed."""
+
+    text: str
+    text_sha256: str
+    tokenizer_sha256: str
+    seed: int
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """A random generator that depends on the seed and its purpose only."""
+    state = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big")
+    return torch.Generator().manual_seed(state >> 1)  # 63 bits: manual_seed takes a signed integer
+
+
+def calibration_tokens(
+    documents: Sequence[str], tokenizer: Any, *, sequences: int = 128, length: int = 256, seed: int = 0
+) -> Tensor:
+    """Token windows `(sequences, length)` int64 at random positions of the text, as GPTQ and its successors draw them.
+
+    Documents are joined by blank lines and tokenized once, no special token added. Windows may overlap.
+
+    Raises:
+        ConfigError: no sequence, or sequences of no token, are asked for.
+        DataError: the text is shorter than one window.
+    """
+    if sequences < 1 or length < 1:
+        raise ConfigError(f"got {sequences} calibration sequences of {length} tokens, expected at least 1 of each")
+    ids = torch.tensor(tokenizer(SEPARATOR.join(documents), add_special_tokens=False, verbose=False)["input_ids"])
+    if len(ids) < length:
+        raise DataError(
+            f"the calibration text has {len(ids)} tokens, expected at least one window of {length}; "
+            "take a longer text or shorter sequences"
+        )
+    starts = torch.randint(len(ids) - length + 1, (sequences,), generator=generator(seed, "calibration"))
+    return ids.long()[starts[:, None] + torch.arange(length)]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's vocabulary."""
+    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+
+
+def save_tokens(path: Path, tokens: Tensor, origin: TokensOrigin) -> None:
+    """Write a token set and its origin as safetensors. Raises `StorageError`."""
+    from safetensors.torch import save
+
+    metadata = {"origin": json.dumps(asdict(origin), sort_keys=True)}
+    write_bytes(path, save({"tokens": tokens.contiguous()}, metadata))
+
+
+def load_tokens(path: Path) -> tuple[Tensor, TokensOrigin]:
+    """Read what `save_tokens` wrote.
+
+    Raises:
+        DataError: missing, truncated, or not a token set.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("tokens"), TokensOrigin(**json.loads(file.metadata()["origin"]))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such calibration set; run the calibrate rule") from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not a readable calibration set ({error}); delete it and run its job again") from error

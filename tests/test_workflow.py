@@ -1,0 +1,134 @@
+"""The DAG, without running its jobs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mobie.config import load_suite, method_classes
+from mobie.errors import ConfigError
+from mobie.jobs import stale
+from mobie.jobs.keys import Keys, model_files
+from mobie.paths import PACKAGE, Layout
+from mobie.records import Record, write_record
+
+
+def snakemake(root: Path, *arguments: str, path: Path = PACKAGE.parent) -> subprocess.CompletedProcess[str]:
+    """Run Snakemake in a folder; `path` is put before all other places that Python imports from."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(PACKAGE.parent)])}
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+
+def planned(shown: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    """Jobs by rule, from a dry run's table."""
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    text = shown.stdout + shown.stderr
+    table = text[text.index("Job stats:") :].split("\n\n")[0]
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+
+
+@pytest.fixture
+def no_torch(tmp_path: Path) -> Path:
+    """A folder that makes imports of heavy libraries fail."""
+    folder = tmp_path / "light"
+    folder.mkdir()
+    for library in ("torch", "transformers", "datasets", "lm_eval"):
+        (folder / f"{library}.py").write_text(f"raise ImportError('{library} is not for planning')")
+    return folder
+
+
+def test_the_smoke_suite_resolves_without_torch(repository: Layout, no_torch: Path) -> None:
+    jobs = planned(snakemake(repository.root, "-n", path=no_torch))
+    methods = len(load_suite("smoke", repository).methods)
+    for rule in ("quantize", "score_perplexity", "score_tasks", "score_routing"):
+        assert jobs[rule] == methods
+    assert jobs["fetch_wheel"] == jobs["mirror"] == jobs["calibrate"] == jobs["table2"] == 1
+    assert "train_nano" not in jobs
+
+
+def test_the_paper_suite_resolves_without_torch(repository: Layout, no_torch: Path) -> None:
+    jobs = planned(snakemake(repository.root, "-n", "--config", "suite=paper", path=no_torch))
+    suite = load_suite("paper", repository)
+    assert jobs["quantize"] == len(suite.methods) * len(suite.models) == 24
+    assert jobs["fetch_model"] == jobs["calibrate"] == 3
+    assert jobs["fetch_hub_data"] == len(suite.benchmarks) + 3  # and the texts of the three perplexities
+    assert "mirror" not in jobs and "fetch_wheel" not in jobs
+
+
+def test_train_nano_resolves(repository: Layout) -> None:
+    assert planned(snakemake(repository.root, "-n", "train_nano"))["train_nano"] == 1
+
+
+def test_one_job_of_another_seed_can_be_asked_for(repository: Layout) -> None:
+    target = repository.record("smoke", "nano-olmoe", "rtn-w4", 3, "perplexity").relative_to(repository.root)
+    shown = snakemake(repository.root, "-n", str(target))
+    assert planned(shown)["score_perplexity"] == 1
+    assert "wiki-calibration-n128-l256-s3.safetensors" in shown.stdout + shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("suite", "change", "message"),
+    [
+        ("smke", {}, "unknown suite 'smke'; did you mean smoke?"),
+        ("smoke", {"protocl": "smoke"}, "unknown key 'protocl'; did you mean protocol?"),
+        ("smoke", {"rows": [{"method": "mobi"}]}, "unknown method 'mobi'"),
+    ],
+)
+def test_mistakes_in_a_suite_are_one_message(repository: Layout, suite: str, change: dict, message: str) -> None:
+    path = repository.config_file("suites", "smoke")
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
+    shown = snakemake(repository.root, "-n", "--config", f"suite={suite}")
+    assert shown.returncode != 0
+    assert message in shown.stdout + shown.stderr
+    assert "Traceback" not in shown.stdout + shown.stderr
+
+
+def test_a_finished_table_needs_no_job_until_something_that_decides_it_changes(repository: Layout) -> None:
+    path = repository.config_file("suites", "smoke")
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"rows": [{"method": "rtn-w3"}]}))
+    root = repository.root
+    first = snakemake(root, "--cores", "1", "--touch")  # there is nothing to touch yet
+    assert first.returncode == 0, first.stderr
+    keys = Keys(repository, "smoke", "nano-olmoe", 0, "rtn-w3")
+    for kind in ("quantize", "perplexity", "tasks", "routing"):
+        write_record(keys.record(kind), Record(kind, "failed", "not tried", "smoke", "nano-olmoe", "rtn-w3", 0, "p"))
+    # only the table runs: its inputs are taken as they are
+    built = snakemake(root, "--cores", "1", "--allowed-rules", "table2", "--rerun-triggers", "params", "mtime")
+    assert built.returncode == 0, built.stdout + built.stderr
+    again = snakemake(root, "-n", "--allowed-rules", "table2")
+    assert "Nothing to be done" in again.stdout + again.stderr, again.stdout + again.stderr
+    label = repository.config_file("methods", "rtn-w3")
+    label.write_text(yaml.safe_dump(yaml.safe_load(label.read_text()) | {"label": "Nearest"}))
+    changed = snakemake(root, "-n", "--allowed-rules", "table2")
+    assert planned(changed)["table2"] == 1
+
+
+def test_methods_found_by_syntax_are_those_that_register() -> None:
+    registered = {name: cls.__module__ for name, cls in method_classes().items()}
+    assert stale.method_modules() == registered
+
+
+def test_each_method_has_its_own_code_hash() -> None:
+    hashes = {name: stale.quantize_code(name) for name in stale.method_modules()}
+    assert len(set(hashes.values())) == len(hashes)
+    with pytest.raises(ConfigError, match="did you mean"):
+        stale.quantize_code("gptqq")
+
+
+def test_every_line_of_the_profile_is_commented() -> None:
+    lines = (PACKAGE.parent / "workflow" / "profiles" / "default" / "config.yaml").read_text().splitlines()
+    assert lines
+    for line in lines:
+        assert "#" in line, line
+
+
+def test_model_files_of_a_hub_model_are_its_stamp(repository: Layout) -> None:
+    keys = Keys(repository, "paper", "olmoe-1b-7b", 0)
+    assert model_files(keys.model, keys.model_config, repository) == [repository.hub_model_stamp("olmoe-1b-7b")]

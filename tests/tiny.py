@@ -1,0 +1,136 @@
+"""Tiny random models of every registered architecture, in the library's own classes, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HIDDEN = 32
+WIDTH = 20
+EXPERTS = 6
+TOP_K = 3
+VOCABULARY = 48
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": TOP_K,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
+
+
+def _olmoe(**changes: Any) -> Any:
+    from transformers import OlmoeConfig
+
+    return OlmoeConfig(**(COMMON | {"intermediate_size": WIDTH, "num_experts": EXPERTS} | changes))
+
+
+def _qwen3_moe(**changes: Any) -> Any:
+    from transformers import Qwen3MoeConfig
+
+    own = {"intermediate_size": 40, "moe_intermediate_size": WIDTH, "num_experts": EXPERTS, "head_dim": 16}
+    return Qwen3MoeConfig(**(COMMON | own | {"mlp_only_layers": [0]} | changes))  # the first block is dense
+
+
+def _mixtral(**changes: Any) -> Any:
+    from transformers import MixtralConfig
+
+    return MixtralConfig(**(COMMON | {"intermediate_size": WIDTH, "num_local_experts": EXPERTS} | changes))
+
+
+def _qwen2_moe(**changes: Any) -> Any:
+    from transformers import Qwen2MoeConfig
+
+    own = {"intermediate_size": 40, "moe_intermediate_size": WIDTH, "shared_expert_intermediate_size": 28}
+    return Qwen2MoeConfig(**(COMMON | own | {"num_experts": EXPERTS} | changes))
+
+
+#: model_type → configuration; every architecture of the registry is expected here
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "olmoe": _olmoe,
+    "qwen3_moe": _qwen3_moe,
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+}
+
+
+def make_model(model_type: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """Model in float32 whose values are bfloat16 numbers; larger weights than the library's, so that logits differ."""
+    from transformers import AutoModelForCausalLM
+
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[model_type](**changes), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            start = torch.ones_like(parameter) if "norm" in name else torch.zeros_like(parameter)
+            parameter.copy_((start + 0.2 * noise).bfloat16())
+    return model
+
+
+def save_model(model: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a model with a tokenizer as a folder that the library loads; the model itself is left as it is."""
+    import copy
+
+    copy.deepcopy(model).to(dtype).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenizer() -> Any:
+    """One token per word `w0` … `w47`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1", pad_token="w0")
+
+
+def random_tokens(sequences: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids `(sequences, length)`."""
+    return torch.randint(2, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def starve_experts(model: nn.Module, rare_token: int) -> None:
+    """Change an OLMoE in place so that expert 0 gets no token at all and expert 1 exactly the token `rare_token`.
+
+    Channel 0 of the residual stream is large for every token, channel 1 only for `rare_token`; no layer writes to
+    either, and only these two decide about experts 0 and 1.
+    """
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight
+        embeddings[:, 0], embeddings[:, 1] = 8, 0
+        embeddings[rare_token, 1] = 8
+        for block in model.model.layers:
+            block.post_attention_layernorm.weight[:2] = 1
+            block.self_attn.o_proj.weight[:2] = 0
+            block.mlp.experts.down_proj[:, :2] = 0
+            router = block.mlp.gate.weight
+            router[:, :2] = 0
+            router[:2] = 0
+            router[:2, 0] = -32
+            router[1, 1] = 128
+
+
+class SilentObserver:
+    """An experts observer that looks at nothing."""
+
+    sees_all_tokens = False
+
+    def inputs(self, *_: object) -> None:
+        pass
+
+    def outputs(self, *_: object) -> None:
+        pass

@@ -1,0 +1,22 @@
+# Calibration tokens of a model.
+rule calibrate:
+    input:
+        model=lambda wildcards: model_inputs(wildcards),
+        text=lambda wildcards: text_source(wildcards.text),
+    output:
+        PATHS.calibration("{suite}", "{model}", "{text}", "{sequences}", "{length}", "{seed}"),
+    params:
+        code=stale.calibrate_code(),
+    wildcard_constraints:
+        sequences=r"\d+",
+        length=r"\d+",
+    log:
+        PATHS.log("{suite}", "{model}", "calibrate-{text}-n{sequences}-l{length}-s{seed}"),
+    threads: 1
+    shell:
+        "{MOBIE} calibrate --suite {wildcards.suite} --model {wildcards.model} --seed {wildcards.seed} > {log} 2>&1"
+
+
+def model_inputs(wildcards):
+    keys = keys_of(wildcards)
+    return user_error(model_files)(keys.model, user_error(lambda: keys.model_config)(), PATHS)

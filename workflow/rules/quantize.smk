@@ -1,0 +1,28 @@
+# Quantization, block by block. The record is the only declared output: Snakemake removes what is declared before a job
+# starts, and the finished blocks in checkpoint/ are what a killed job goes on from. The record holds the checkpoint's hash.
+rule quantize:
+    input:
+        model=lambda wildcards: model_inputs(wildcards),
+        calibration=lambda wildcards: user_error(lambda: keys_of(wildcards).calibration)(),
+    output:
+        PATHS.record("{suite}", "{model}", "{method}", "{seed}", "quantize"),
+    params:
+        stale=lambda wildcards: quantize_state(wildcards),
+    log:
+        PATHS.log("{suite}", "{model}", "{method}", "s{seed}", "quantize"),
+    benchmark:
+        PATHS.benchmark("{suite}", "{model}", "{method}", "s{seed}", "quantize")
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards: keys_of(wildcards).model_config.resources.mem_mb,
+        gpu=lambda wildcards: keys_of(wildcards).model_config.resources.gpu,
+    shell:
+        "{MOBIE} quantize --suite {wildcards.suite} --model {wildcards.model} --method {wildcards.method}"
+        " --seed {wildcards.seed} > {log} 2>&1"
+
+
+@user_error
+def quantize_state(wildcards):
+    """Code, method and options: a change in any of them makes the record stale."""
+    method = keys_of(wildcards).method_config
+    return digest([stale.quantize_code(method.method), method.method, method.options])
