@@ -1,7 +1,7 @@
 """The command line. One verb is one rule of the workflow; libraries are imported by the verb that needs them.
 
-Exit status: 0 done (a method that fails is a record with a status, not an error), 2 wrong input or a disk that cannot be
-written, told in one message without a traceback. Anything else is a defect of the program and shows its traceback.
+Exit status: 0 done (a method that fails is a record with a status, not an error), 2 wrong input or a disk that cannot
+be written, told in one message without a traceback. Anything else is a defect of the program and shows its traceback.
 """
 
 from __future__ import annotations
@@ -61,12 +61,14 @@ class ErrorsWithoutTraceback(click.Group):
             ctx.exit(2)
 
 
-@click.group(cls=ErrorsWithoutTraceback, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=ErrorsWithoutTraceback, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 def main() -> None:
     """MoBiE: quantize mixture-of-experts language models, score them, rebuild the paper's tables.
 
-    The whole job is `snakemake --cores all results/table2.csv`; it calls the verbs below, each of which can be called by
-    hand as well. To look at one method in two seconds, use `try`.
+    The whole job is `snakemake --cores all results/table2.csv`; it calls the verbs below, each of which can be called
+    by hand as well. To look at one method in two seconds, use `try`.
     """
 
 
@@ -158,7 +160,8 @@ def train_nano_command(steps: int | None, threads: int, install: bool) -> None:
 
     torch.set_num_threads(threads)
     for name, value in train_nano(default_layout(), steps=steps, install=install).items():
-        click.echo(f"{name}: {value:g}")
+        if isinstance(value, int | float):
+            click.echo(f"{name}: {value:g}")
 
 
 @main.command(name="calibrate")
@@ -314,6 +317,19 @@ def _trial_text(trial: Trial) -> str:
         "seconds": f"{trial.seconds:.3f}",
     }
     return "\n".join([*(f"{name:24} {value}" for name, value in lines.items()), *(f"note: {n}" for n in trial.notes)])
+
+
+@main.command(name="readme")
+def readme_command() -> None:
+    """Fill the generated parts of README.md from the results of the last run.
+
+    \b
+    python -m mobie readme
+    """
+    from mobie.config import default_layout
+    from mobie.report.readme import fill_readme
+
+    click.echo(f"README.md: {', '.join(fill_readme(default_layout()))}")
 
 
 @main.command(name="methods")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
@@ -159,9 +159,11 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse(kind: type[Config], value: Any, where: str) -> Config:
-    """Check a value read from a file. Raises `ConfigError` naming the file, the key, what was got and what is expected."""
+    """Check a value read from a file. Raises `ConfigError` naming the file, the key, what was got and expected."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: got {type(value).__name__}, expected a mapping of keys: {', '.join(kind.model_fields)}")
+        raise ConfigError(
+            f"{where}: got {type(value).__name__}, expected a mapping of keys: {', '.join(kind.model_fields)}"
+        )
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -203,7 +205,7 @@ def _first_model(schema: Any) -> type[BaseModel] | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(kind: type[Config], folder: str, noun: str, name: str, layout: Layout) -> Config:
     path = layout.config_file(folder, name)
     known = config_names(folder, layout)
@@ -301,6 +303,4 @@ def schemas() -> dict[str, str]:
         "method": MethodConfig,
         "protocol": ProtocolConfig,
     }
-    return {
-        name: json.dumps(kind.model_json_schema(), indent=2, sort_keys=True) + "\n" for name, kind in kinds.items()
-    }
+    return {name: json.dumps(kind.model_json_schema(), indent=2, sort_keys=True) + "\n" for name, kind in kinds.items()}

@@ -1,13 +1,13 @@
 """Where every file of the suite lies. Nothing else in the project builds a path to a generated file.
 
-    resources/                                  downloads, hash-checked
-    resources/lm_eval_mirror/                   benchmark data in the shape lm-eval reads
-    resources/hub/OWNER/NAME/                   data sets from the hub
-    resources/models/MODEL/                     hub models
-    results/SUITE/MODEL/calibration/            token sequences
-    results/SUITE/MODEL/METHOD/sSEED/           checkpoint/ and one record per job
-    results/table2.{csv,md,long.csv}            tables
-    logs/, benchmarks/                          what Snakemake keeps of a job, by the same keys
+- `resources/`: downloads, hash-checked
+- `resources/lm_eval_mirror/`: benchmark data in the shape lm-eval reads
+- `resources/hub/OWNER/NAME/`: data sets from the hub
+- `resources/models/MODEL/`: hub models
+- `results/SUITE/MODEL/calibration/`: token sequences
+- `results/SUITE/MODEL/METHOD/sSEED/`: checkpoint/ and one record per job
+- `results/table2.{csv,md,long.csv}`: tables
+- `logs/`: log (.log) and measured time and memory (.tsv) of a job, by the same keys
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ MARKER = "Snakefile"
 
 
 def find_root(start: Path | None = None) -> Path:
-    """The repository: the nearest folder with a `Snakefile` from `start` (the current folder) upwards, else the package's parent.
+    """The repository: the nearest folder with a `Snakefile` from `start` upwards, else the package's parent.
+
+    `start` is the current folder unless given.
 
     Raises:
         ConfigError: there is none.
@@ -77,6 +79,11 @@ class Layout:
         return self.resources / "nano-olmoe"
 
     @property
+    def nano_record(self) -> Path:
+        """How the embedded model was made; written last."""
+        return self.nano_work / "training.json"
+
+    @property
     def hub_data(self) -> Path:
         """Data sets from the hub, each under its repository's name."""
         return self.resources / "hub"
@@ -121,7 +128,7 @@ class Layout:
         return (self.root / "logs").joinpath(*keys[:-1], f"{keys[-1]}.log")
 
     def benchmark(self, *keys: str) -> Path:
-        return (self.root / "benchmarks").joinpath(*keys[:-1], f"{keys[-1]}.tsv")
+        return (self.root / "logs").joinpath(*keys[:-1], f"{keys[-1]}.tsv")
 
 
 def embedded_model(name: str) -> Path:

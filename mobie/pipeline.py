@@ -9,6 +9,7 @@ killed reads it back instead of computing it, and ends with the same bytes.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from mobie.calibration.capture import (
     observe_experts,
 )
 from mobie.calibration.gradients import load_token_weights, save_token_weights, token_weights
-from mobie.errors import DataError
+from mobie.errors import DataError, UnsupportedError
 from mobie.methods.base import BankStats, LinearStats, Method
 from mobie.models.base import Adapter, require_finite
 from mobie.packing.bank import split_gate_up
@@ -45,6 +46,7 @@ from mobie.packing.checkpoint import (
     save_tensors,
     write_block,
 )
+from mobie.storage import storage_errors
 
 BATCH_SEQUENCES = 8
 DEFAULT_POLICY = CalibrationPolicy()
@@ -70,13 +72,25 @@ class QuantizeReport:
 
 
 def load_full_precision(folder: Path) -> nn.Module:
-    """The library's model from a local folder, in float32 for computing; refuses missing or unexpected parameters."""
+    """The library's model from a local folder, in float32 for computing.
+
+    Its experts run one after the other (`eager`), in the order of sums of the observed experts function: a block read
+    back after a kill must pass on the same hidden states, bit for bit, as the block that was observed.
+
+    Raises:
+        DataError: unreadable files, parameters missing, unexpected or of another shape, values that are not finite.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            experts_implementation="eager",
+            ignore_mismatched_sizes=True,  # they are refused below, with a message of our own
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (SafetensorError, OSError) as error:
         raise DataError(
@@ -88,7 +102,31 @@ def load_full_precision(folder: Path) -> nn.Module:
     }
     if wrong:
         raise DataError(f"{folder}: {wrong}; expected exactly the model's own parameters; fetch the model again")
+    for name, parameter in model.named_parameters():
+        require_finite(name, parameter)
     return model.eval()
+
+
+def _model_type(folder: Path) -> str:
+    """What `config.json` calls the architecture. Raises `DataError` where there is no such file or entry."""
+    path = folder / "config.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: no readable model configuration ({error}); expected a JSON object with `model_type`; delete the "
+            "folder and fetch the model again"
+        ) from error
+
+
+def _check_attention(model: nn.Module) -> None:
+    """Refuse a model whose blocks do not all get the same attention mask: the first block's serves them all."""
+    kinds = sorted(set(getattr(model.config, "layer_types", None) or ()))
+    if len(kinds) > 1:
+        raise UnsupportedError(
+            f"blocks with different attention ({', '.join(kinds)}), expected one kind in all blocks; choose a model "
+            "without sliding windows in some of its blocks"
+        )
 
 
 def _first_block_inputs(
@@ -182,8 +220,6 @@ def _quantize_block(
     linears, errors = {}, {}
     for group in adapter.linear_groups(block):
         weights = {name: module.weight.detach().float() for name, module in group.items()}
-        for name, weight in weights.items():
-            require_finite(name, weight)
         roles = {name.rpartition(".")[2]: name for name in group}  # methods know Linears by the field's names, `q_proj`
         by_role = method.quantize_group(
             {role: weights[name] for role, name in roles.items()},
@@ -230,7 +266,7 @@ def _gradients(
     fingerprint: str,
     progress: bool,
 ) -> float:
-    """Fill `folder` with the token weights of every block; returns the CPU seconds it took (0 where they were there)."""
+    """Fill `folder` with the token weights of every block; returns the CPU seconds, 0 where they were there."""
     paths = [folder / f"{i:03d}.safetensors" for i in range(len(adapter.blocks(model)))]
     if all(path.exists() and load_token_weights(path, fingerprint) is not None for path in paths):
         return 0.0
@@ -271,11 +307,13 @@ def _check_calibration(calibration: Tensor, model: nn.Module) -> None:
             f"calibration tokens of shape {tuple(calibration.shape)}, expected (sequences, length) with at least one "
             "token; raise `sequences` or choose a longer text in the model's configuration"
         )
-    largest, vocabulary = int(calibration.max()), model.config.vocab_size
-    if largest >= vocabulary:
+    smallest, largest = int(calibration.min()), int(calibration.max())
+    vocabulary = model.config.vocab_size
+    if smallest < 0 or largest >= vocabulary:
         raise DataError(
-            f"calibration token {largest} exceeds the model's vocabulary of {vocabulary}; expected tokens of this "
-            "model's tokenizer; delete the calibration file and run the calibrate rule again"
+            f"calibration tokens {smallest} to {largest} exceed the model's vocabulary, expected 0 to "
+            f"{vocabulary - 1}, tokens of this model's tokenizer; delete the calibration file and run the calibrate "
+            "rule again"
         )
 
 
@@ -302,10 +340,12 @@ def quantize(
 
     Raises:
         DataError: unusable weights, calibration tokens or files.
+        UnsupportedError: an architecture that no adapter describes.
         StorageError: the checkpoint cannot be written.
     """
+    adapter = Adapter(_model_type(model_folder))
     model = load_full_precision(model_folder)
-    adapter = Adapter(model.config.model_type)
+    _check_attention(model)
     _check_calibration(calibration, model)
     batches = list(calibration.split(BATCH_SEQUENCES))
     work = out / "work"
@@ -361,4 +401,5 @@ def _copy_side_files(model_folder: Path, out: Path) -> None:
     """Configuration and tokenizer files, as they are."""
     for file in sorted(model_folder.iterdir()):
         if file.suffix in {".json", ".txt", ".model"} and "safetensors" not in file.name:
-            shutil.copyfile(file, out / file.name)
+            with storage_errors(out / file.name):
+                shutil.copyfile(file, out / file.name)

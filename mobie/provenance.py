@@ -1,7 +1,7 @@
 """Where a result comes from: hashes of its inputs and of the code that made it, versions, host.
 
-The code hash is taken over syntax trees: a comment, a docstring or a line break does not change it, and only modules that
-the job's own code imports (directly or not) are in it.
+The code hash is taken over syntax trees: a comment, a docstring or a line break does not change it, and only modules
+that the job's own code imports (directly or not) are in it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def _imported(tree: ast.AST) -> Iterator[str]:
         yield from (name for name in names if name.split(".")[0] == "mobie")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parsed(path: Path) -> tuple[str, tuple[str, ...]]:
     """Digest of a module's tree without docstrings, and the modules it imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
@@ -129,7 +129,7 @@ def host() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit checked out in `folder`, `+` behind it when files were changed; None outside a clone or without git."""
+    """The commit checked out in `folder`, with `+` when files were changed; None outside a clone or without git."""
     try:
         commit = subprocess.run(
             ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],

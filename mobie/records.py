@@ -21,7 +21,7 @@ STATUSES: tuple[str, ...] = get_args(Status)
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured value: `stderr` and `n` say how sure it is, `chance` what a coin would score (None: no such thing)."""
+    """One value: `stderr` and `n` say how sure it is, `chance` what a coin would score (None: no such thing)."""
 
     name: str
     value: float

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the whole old file or the whole new one, and a full disk harms nothing finished."""
+"""Writing files so that a reader sees the old file or the new one, whole, and a full disk harms nothing finished."""
 
 from __future__ import annotations
 
@@ -88,5 +88,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON with sorted keys, two-space indents and a final newline, whole or not at all. Raises `StorageError`."""
+    """Write JSON, keys sorted, with a final newline, whole or not at all. Raises `StorageError`."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")

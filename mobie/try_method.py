@@ -133,7 +133,9 @@ def arrange_gradients(gradients: Tensor | None, inputs: Inputs, weight: Tensor) 
     allowed = {(tokens, out): not inputs.per_expert, (experts, tokens, out): weight.ndim == 3}
     if not allowed.get(tuple(gradients.shape), False):
         wanted = " or ".join(str(list(shape)) for shape, fits in allowed.items() if fits)
-        raise DataError(f"gradients have shape {list(gradients.shape)}, expected {wanted}: one row per token and expert")
+        raise DataError(
+            f"gradients have shape {list(gradients.shape)}, expected {wanted}: one row per token and expert"
+        )
     return tuple(gradients) if gradients.ndim == 3 else (gradients,) * experts
 
 
@@ -157,16 +159,15 @@ def _token_weights(
     return pool_channels(gradient if basis is None else gradient @ basis, method.gradient_groups)
 
 
-def quantize_weight(
-    method: Method, weight: Tensor, inputs: Inputs, gradients: tuple[Tensor, ...] | None
-) -> Packed:
+def quantize_weight(method: Method, weight: Tensor, inputs: Inputs, gradients: tuple[Tensor, ...] | None) -> Packed:
     """Quantize `(out, in)` as one Linear, or `(experts, out, in)` as a bank."""
     if weight.ndim == 2:
         return method.quantize_linear(weight, _stats(inputs, 0, _token_weights(method, inputs, 0, gradients, None)))
     bank = ExpertBank({PROJECTION: weight}, ((PROJECTION,),))
     basis = method.gradient_bases(bank)[PROJECTION] if method.needs_gradients and gradients else None
     experts = [
-        _stats(inputs, expert, _token_weights(method, inputs, expert, gradients, basis)) for expert in range(len(weight))
+        _stats(inputs, expert, _token_weights(method, inputs, expert, gradients, basis))
+        for expert in range(len(weight))
     ]
     pooled = pool(experts) if inputs.per_expert else experts[0]
     return method.quantize_experts(bank, BankStats({PROJECTION: experts}, {PROJECTION: pooled}))[PROJECTION]
@@ -188,7 +189,9 @@ def relative_errors(weight: Tensor, quantized: Tensor, inputs: Inputs) -> tuple[
         error += (x @ d.T).square().sum().item()
         power += (x @ w.T).square().sum().item()
     if power == 0:
-        raise DataError("X Wᵀ is zero, its relative error is undefined; expected inputs that the weight does not cancel")
+        raise DataError(
+            "X Wᵀ is zero, its relative error is undefined; expected inputs that the weight does not cancel"
+        )
     return (error / power) ** 0.5, (difference.norm() / original.norm()).item()
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import CONFIGS, EXPERTS, HIDDEN, TOP_K, WIDTH, make_model
 
 from mobie.errors import DataError, UnsupportedError
 from mobie.models.base import ARCHITECTURES, Adapter, require_finite
 from mobie.packing.bank import GATE_UP
-from tiny import CONFIGS, EXPERTS, HIDDEN, TOP_K, WIDTH, make_model
 
 MODEL_TYPES = sorted(ARCHITECTURES)
 

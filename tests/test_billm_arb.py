@@ -508,8 +508,8 @@ def test_feedback_lowers_the_output_error_on_correlated_inputs(cls: type[BinaryM
     errors = {
         feedback: np.mean(
             [
-                output_error(cls(block_size=32, feedback=feedback), normal(24, 64, seed=s), correlated(600, 64, s))
-                for s in range(4)
+                output_error(cls(block_size=16, feedback=feedback), normal(24, 64, seed=s), correlated(600, 64, s))
+                for s in range(3)
             ]
         )
         for feedback in ("none", "diagonal", "triangular")

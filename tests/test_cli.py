@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -63,12 +62,10 @@ def test_help_explains_every_verb_with_an_example_and_starts_without_torch(tmp_p
     for library in ("torch", "transformers", "lm_eval", "datasets", "numpy"):
         (tmp_path / f"{library}.py").write_text("raise ImportError('not for help')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from mobie.cli import main; main()"
-    began = time.monotonic()
     shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    assert time.monotonic() - began < 5
-    verbs = "fetch mirror train-nano calibrate quantize score-perplexity score-tasks score-routing table2 try schema methods"
-    assert set(main.commands) == set(verbs.split())
+    verbs = "fetch mirror train-nano calibrate quantize score-perplexity score-tasks score-routing table2 try"
+    assert set(main.commands) == {*verbs.split(), "methods", "readme", "schema"}
     for name, verb in main.commands.items():
         assert f"\n  {name} " in shown.stdout
         assert f"python -m mobie {name}" in verb.help
@@ -165,7 +162,9 @@ def test_what_goes_wrong_inside_a_method_is_a_hole_with_a_reason(
 
 
 def test_a_full_disk_while_quantizing_is_no_hole(work: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_record(work.record("smoke", "nano-olmoe", "fp16", 0, "quantize"), Record("quantize", "ok", None, "s", "m", "x", 0, ""))
+    write_record(
+        work.record("smoke", "nano-olmoe", "fp16", 0, "quantize"), Record("quantize", "ok", None, "s", "m", "x", 0, "")
+    )
     before = work.record("smoke", "nano-olmoe", "fp16", 0, "quantize").read_bytes()
 
     def full(*_: object, **__: object) -> None:
@@ -210,7 +209,9 @@ def test_routing_without_a_reference_is_skipped(repository: Layout) -> None:
 
 
 def test_a_checkpoint_that_was_changed_is_refused(work: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = QuantizeReport(BitLedger((LedgerItem("w", "code", 3),), 8, 3.0), 10, 13, None, [])
+    report = QuantizeReport(
+        BitLedger((LedgerItem("w", "code", 3),), weights=8, active_weights=8, paper_bits=3.0), 10, 13, None, []
+    )
 
     def quantize(folder: Path, method: object, tokens: object, out: Path, **_: object) -> QuantizeReport:
         out.mkdir(parents=True)

@@ -106,9 +106,7 @@ def test_a_misspelt_key_deep_in_a_file_is_named_with_its_place(repository: Layou
 
 @pytest.mark.parametrize("value", [0, -1, "128", 1.5, None])
 def test_a_calibration_without_whole_positive_sequences_is_refused(repository: Layout, value: object) -> None:
-    edit(
-        repository.config_file("models", "nano-olmoe"), calibration={"text": "wiki", "sequences": value, "length": 8}
-    )
+    edit(repository.config_file("models", "nano-olmoe"), calibration={"text": "wiki", "sequences": value, "length": 8})
     with pytest.raises(ConfigError, match=r"calibration\.sequences: .*got "):
         load_model_config("nano-olmoe", repository)
 
@@ -128,7 +126,9 @@ def test_a_file_that_is_no_mapping_is_refused(repository: Layout, text: str) -> 
         load_method("rtn-w3", repository)
 
 
-@pytest.mark.parametrize("row", [{}, {"label": "X"}, {"absent": "why"}, {"method": "fp16", "absent": "why", "label": "X"}])
+@pytest.mark.parametrize(
+    "row", [{}, {"label": "X"}, {"absent": "why"}, {"method": "fp16", "absent": "why", "label": "X"}]
+)
 def test_a_row_is_either_a_method_or_absent_with_its_label(repository: Layout, row: dict[str, str]) -> None:
     edit(repository.config_file("suites", "smoke"), rows=[row])
     with pytest.raises(ConfigError, match="expected either"):

@@ -1,4 +1,4 @@
-"""Squared loss gradients per token against float64 autograd through experts written out by hand, and finite differences."""
+"""Squared loss gradients per token against autograd through experts written out by hand, and finite differences."""
 
 from __future__ import annotations
 

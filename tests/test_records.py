@@ -138,7 +138,10 @@ def test_another_error_while_writing_passes_and_leaves_nothing(tmp_path: Path) -
 
 def test_a_value_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        write_record(tmp_path / "r.json", Record("t", "ok", None, "s", "m", "x", 0, "", (Measurement("a", float("nan"), None, 1),)))
+        write_record(
+            tmp_path / "r.json",
+            Record("t", "ok", None, "s", "m", "x", 0, "", (Measurement("a", float("nan"), None, 1),)),
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -172,7 +175,9 @@ def test_the_code_hash_covers_what_is_imported_and_nothing_else(package: Path) -
 def test_comments_docstrings_and_layout_do_not_change_the_code_hash(package: Path) -> None:
     before = provenance.code_hash(["mobie.a"])
     (package / "a.py").write_text('"""Another text."""\n\n\nfrom mobie.sub import (\n    b,\n)\n\nx = (1)  # because\n')
-    (package / "sub" / "b.py").write_text("def f():\n    from mobie.sub.c import g\n\n    # no docstring\n    return g()\n")
+    (package / "sub" / "b.py").write_text(
+        "def f():\n    from mobie.sub.c import g\n\n    # no docstring\n    return g()\n"
+    )
     assert provenance.code_hash(["mobie.a"]) == before
     (package / "a.py").write_text("from mobie.sub import b\nx = 2\n")
     assert provenance.code_hash(["mobie.a"]) != before

@@ -111,9 +111,13 @@ def test_what_is_measured_has_gone_through_bytes_and_back() -> None:
 def test_gradients_steer_glas_and_their_absence_is_said() -> None:
     method = build_method("mobie", {})
     weight, inputs = torch.from_numpy(BANK), torch.from_numpy(ROWS)
-    gradients = torch.from_numpy(RNG.standard_normal((3, 40, 16)).astype(np.float32)) * torch.logspace(-2, 2, 40)[:, None]
+    gradients = (
+        torch.from_numpy(RNG.standard_normal((3, 40, 16)).astype(np.float32)) * torch.logspace(-2, 2, 40)[:, None]
+    )
     without, first = try_method("mobie", method, weight, inputs)
-    _, unit = try_method("mobie", build_method("mobie", {"gradient_at": "output"}), weight, inputs, torch.ones(3, 40, 16))
+    _, unit = try_method(
+        "mobie", build_method("mobie", {"gradient_at": "output"}), weight, inputs, torch.ones(3, 40, 16)
+    )
     with_them, second = try_method("mobie", method, weight, inputs, gradients)
     assert any("--gradients" in note for note in without.notes)
     assert not with_them.notes

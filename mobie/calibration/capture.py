@@ -254,8 +254,8 @@ class BlockStatistics(_BlockObserver):
 class GuidedHessians(_BlockObserver):
     """Hessians weighted by squared loss gradients (eq. 8), one per Linear or (projection, expert), and channel group.
 
-    The block must see the calibration tokens in the order of the gradient pass. A (token, expert) pair that the gradient
-    pass did not route gets weight zero and is counted in `unmatched`.
+    The block must see the calibration tokens in the order of the gradient pass. A (token, expert) pair that the
+    gradient pass did not route gets weight zero and is counted in `unmatched`.
     """
 
     sees_all_tokens = False
@@ -296,7 +296,10 @@ class GuidedHessians(_BlockObserver):
         return {name: 2 / self._tokens * gram for name, gram in self._linears.items()}
 
     def expert_guided(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per projection `(experts, groups, in, in)`, and the same over the tokens of all experts `(groups, in, in)`."""
+        """Per projection `(experts, groups, in, in)`, and the same over the tokens of all experts, `(groups, in, in)`.
+
+        A token counts once per expert that it goes to.
+        """
         count = self._counts.clamp(min=1)[:, None, None, None]
         return {name: (2 / count * gram, 2 / self._counts.sum() * gram.sum(0)) for name, gram in self._experts.items()}
 

@@ -1,8 +1,9 @@
 """One pass over the full-precision model: how much the loss minds an error at each output, token by token (GLAS).
 
-The gradient at a Linear's output Z (or at the latent `T`, `∂ℓ/∂T = Bᵀ ∂ℓ/∂Z`, for a bank with shared basis B) is squared and
-averaged over contiguous groups of channels, and kept per token (eq. 8 with channels pooled: the form per channel would
-need `out · in²` memory). The loss is the sum, not the mean, over tokens, so that half precision does not underflow.
+The gradient at a Linear's output Z (or at the latent `T`, `∂ℓ/∂T = Bᵀ ∂ℓ/∂Z`, for a bank with shared basis B) is
+squared and averaged over contiguous groups of channels, and kept per token (eq. 8 with channels pooled: the form per
+channel would need `out · in²` memory). The loss is the sum, not the mean, over tokens, so that half precision does not
+underflow.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What a job of the workflow does: read declared inputs, call the mathematics, write one file. One verb, one function."""
+"""What a job of the workflow does: read its inputs, call the mathematics, write one file; one function per verb."""

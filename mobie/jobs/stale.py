@@ -45,7 +45,7 @@ def _registered_name(node: ast.stmt) -> str | None:
 
 
 def quantize_code(method: str) -> str:
-    """Digest of the code that quantizes with the registered method `method`. Raises `ConfigError` for an unknown one."""
+    """Digest of the code that quantizes with a registered method. Raises `ConfigError` for an unknown one."""
     modules = method_modules()
     if method not in modules:
         raise ConfigError(unknown_name("method", method, modules))

@@ -1,8 +1,8 @@
 """Adapters: where a model family keeps its experts, router and Linears. An architecture is a table of data.
 
-transformers 5 keeps the experts of a layer as fused parameters, `gate_up_proj (experts, 2·width, hidden)` with the gate's
-rows first, and `down_proj (experts, hidden, width)`. Everything outside this package sees `gate`, `up` and `down`
-as `(experts, out, in)` and Linears as `(out, in)`.
+transformers 5 keeps the experts of a layer as fused parameters, `gate_up_proj (experts, 2·width, hidden)` with the
+gate's rows first, and `down_proj (experts, hidden, width)`. Everything outside this package sees `gate`, `up` and
+`down` as `(experts, out, in)` and Linears as `(out, in)`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Adapter:
 
     @torch.no_grad()
     def write_experts(self, block: nn.Module, projections: Mapping[str, Tensor]) -> None:
-        """Copy `gate`, `up` (or both as `gate_up`) and `down`, `(experts, out, in)`, into a block's fused parameters."""
+        """Copy `gate`, `up` (or both as `gate_up`) and `down`, `(experts, out, in)`, into a block's parameters."""
         module = self.experts_module(block)
         projections = split_gate_up(projections)
         module.gate_up_proj.copy_(torch.cat([projections["gate"], projections["up"]], dim=1))

@@ -16,7 +16,6 @@ from torch import Tensor
 from mobie.packing.base import FORMATS, Packed, register_format
 from mobie.packing.bits import pack_codes, unpack_codes
 
-
 #: name under which gate and up are stored as one bank, `(2·experts, out, in)`, when they share one basis
 GATE_UP = "gate_up"
 
@@ -26,7 +25,8 @@ GATE_UP = "gate_up"
 class SymmetricRows(Packed):
     """Symmetric n-bit matrix with one float16 scale per row (section 4.1: the shared basis UΣ).
 
-    codes: 8 bits: `(rows, cols)` int8; fewer: `(rows, bits, ceil(cols/8))` uint8, the code plus `2^(bits-1)`, bit planes.
+    codes: 8 bits: `(rows, cols)` int8; fewer: `(rows, bits, ceil(cols/8))` uint8, bit planes of the code plus
+           `2^(bits-1)`.
     scale: `(rows,)` float16.
     """
 

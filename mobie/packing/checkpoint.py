@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mobie.errors import DataError
+from mobie.errors import DataError, unknown_name
 from mobie.packing import bank, binary, dense, grid  # noqa: F401 (registers the formats)
 from mobie.packing.base import FORMATS, Packed
 from mobie.storage import atomic_write
@@ -81,8 +81,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(
-            f"{path}: not a readable safetensors file of this project ({error}); expected a complete file; delete it and run the same "
-            "command again, it is made anew"
+            f"{path}: not a readable safetensors file of this project ({error}); expected a complete file; delete it "
+            "and run the same command again, it is made anew"
         ) from error
 
 
@@ -107,7 +107,7 @@ def load_block(path: Path) -> Shard:
     """Read one block's shard.
 
     Raises:
-        DataError: the file is missing or damaged.
+        DataError: the file is missing or damaged, or holds a format that this version does not know.
     """
     tensors, metadata = read_tensors(path)
     by_part: dict[str, dict[str, Tensor]] = {}
@@ -116,6 +116,10 @@ def load_block(path: Path) -> Shard:
         by_part.setdefault(part, {})[key] = tensor
     linears, experts = {}, {}
     for name, entry in metadata["headers"].items():
+        if entry["format"] not in FORMATS:
+            raise DataError(
+                f"{path}: {unknown_name('format', entry['format'], FORMATS)}; install a newer version of mobie"
+            )
         packed = FORMATS[entry["format"]].from_tensors(entry["header"], by_part[name])
         kind, _, rest = name.partition(".")
         (linears if kind == "linears" else experts)[rest] = packed
@@ -157,16 +161,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        version, files = manifest["format_version"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: not a readable manifest ({error}); expected a finished checkpoint; run the quantize rule again"
         ) from error
-    if manifest["format_version"] > FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         raise DataError(
-            f"{path}: format version {manifest['format_version']}, this version reads up to {FORMAT_VERSION}; "
+            f"{path}: format version {version}, this version reads up to {FORMAT_VERSION}; "
             "install a newer version of mobie"
         )
-    for name, expected in manifest["files"].items():
+    for name, expected in files.items():
         file = folder / name
         got = file_digest(file) if file.exists() else "no file"
         if got != expected["sha256"]:
@@ -187,7 +192,12 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTra
     from mobie.models.base import Adapter
 
     manifest = read_manifest(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder}: not a readable config.json ({error}); expected the model's own; run the quantize rule again"
+        ) from error
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     adapter = Adapter(manifest["model_type"])
     kept, _ = read_tensors(folder / KEPT)
@@ -200,7 +210,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTra
     missing = sorted(set(outcome.missing_keys) - filled)
     if missing or outcome.unexpected_keys:
         raise DataError(
-            f"{folder}: parameters missing {missing}, unexpected {sorted(outcome.unexpected_keys)}; expected exactly the "
-            "model's own; delete the folder and run the quantize rule again"
+            f"{folder}: parameters missing {missing}, unexpected {sorted(outcome.unexpected_keys)}; expected exactly "
+            "the model's own; delete the folder and run the quantize rule again"
         )
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

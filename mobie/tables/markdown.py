@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mobie.config import ModelConfig, SuiteConfig
 from mobie.tables.table2 import AVERAGE, PERPLEXITY, TASK_METRICS, Cell, TableRow
@@ -22,6 +22,7 @@ HEADINGS = {
 BIT_HEADINGS = {"bits": "Bits", "bits_codes": "codes", "bits_stored": "stored"}
 MAIN = tuple(BIT_HEADINGS | HEADINGS)
 LOWER_IS_BETTER = frozenset({PERPLEXITY})
+FOUR_DIGITS = frozenset({"routing_similarity", "expert_shift"})  # shares near 0 or 1
 
 
 class Footnotes:
@@ -70,7 +71,8 @@ def _head_note(suite: SuiteConfig, models: Mapping[str, ModelConfig], rows: Sequ
         lines.append(f"- Accuracies are over {span} items per task, the same items for every method.")
     if suite.wikitext2_text != "wikitext2":
         lines.append(
-            f"- The column of WikiText-2 perplexity holds that of the text `{suite.wikitext2_text}`, which stands in for it."
+            f"- The column of WikiText-2 perplexity holds that of the text `{suite.wikitext2_text}`, "
+            "which stands in for it."
         )
     if any(model.label is None for model in models.values()):
         lines.append("- The model is not one of the paper's: nothing here is a verdict on the paper's numbers.")
@@ -96,12 +98,19 @@ def _table(
         "|" + "|".join(["---", *("---:" for _ in columns)]) + "|",
     ]
     for row in rows:
-        shown = [
-            _show(row.cells[column], row.binary and row.cells[column].value == best.get(column, math.nan), footnotes)
-            for column in columns
-        ]
-        lines.append("| " + " | ".join([row.method + ("" if row.paper else " *"), *shown]) + " |")
+        name = row.method + ("" if row.paper else " *")
+        lines.append("| " + " | ".join([name, *_cells(row, columns, best, footnotes)]) + " |")
     return lines
+
+
+def _cells(row: TableRow, columns: Sequence[str], best: Mapping[str, float], footnotes: Footnotes) -> Iterator[str]:
+    for column in columns:
+        cell = row.cells[column]
+        if cell.value is None:
+            yield footnotes.mark(cell)
+        else:
+            bold = row.binary and cell.value == best.get(column)
+            yield _show(cell, bold, 4 if column in FOUR_DIGITS else 2)
 
 
 def _best_binary(rows: Sequence[TableRow], column: str) -> float:
@@ -112,9 +121,7 @@ def _best_binary(rows: Sequence[TableRow], column: str) -> float:
     return min(values) if column in LOWER_IS_BETTER else max(values)
 
 
-def _show(cell: Cell, best: bool, footnotes: Footnotes) -> str:
-    if cell.value is None:
-        return footnotes.mark(cell)
-    value = f"**{cell.value:.2f}**" if best else f"{cell.value:.2f}"
-    error = "" if cell.stderr is None else f" ± {cell.stderr:.2f}"
+def _show(cell: Cell, best: bool, digits: int) -> str:
+    value = f"**{cell.value:.{digits}f}**" if best else f"{cell.value:.{digits}f}"
+    error = "" if cell.stderr is None else f" ± {cell.stderr:.{digits}f}"
     return value + error + (" †" if cell.at_chance else "")

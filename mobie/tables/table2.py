@@ -20,10 +20,10 @@ from mobie.config import MethodConfig, ModelConfig, PaperRow, Row, SuiteConfig, 
 from mobie.paths import Layout, paper_table
 from mobie.records import Record, read_record
 
-#: Which of lm-eval's metrics stands in a column. The paper does not say; its full-precision entries do: 78.21 on HellaSwag
-#: and 49.23 on ARC-Challenge for OLMoE are what length-normalised scoring gives (plain accuracy is near 58 and 46), and
-#: the harness has no `acc_norm` for LAMBADA and WinoGrande. For ARC-Easy and PIQA the two metrics lie within about a point
-#: of each other, so `acc` is the customary reading there, not a proven one. Records keep both.
+#: Which of lm-eval's metrics stands in a column. The paper does not say. Its full-precision entries for HellaSwag
+#: (78.21 for OLMoE) and ARC-Challenge (49.23) are as high as length-normalised scoring gives for such models; the
+#: harness has no `acc_norm` for LAMBADA and WinoGrande. For ARC-Easy and PIQA the two metrics lie close together, so
+#: `acc`, the customary one, is a reading that the entries do not settle. Records keep both metrics.
 TASK_METRICS = {
     "arc_easy": "acc",
     "arc_challenge": "acc_norm",
@@ -42,7 +42,7 @@ LONG_COLUMNS = (
     *("suite", "model", "method", "config", "column", "ours", "stderr", "n", "chance", "at_chance"),
     *("paper", "difference", "status", "reason", "record"),
 )
-BINARY_BELOW_BITS = 2.0  # a row whose paper formula gives less is a binary method
+BINARY_METHODS = frozenset({"billm", "arb", "mobie"})  # registered names of the methods that store signs
 CHANCE_STDERRS = 2.0
 
 
@@ -74,12 +74,8 @@ class TableRow:
     method: str
     config: str
     paper: PaperRow | None
+    binary: bool
     cells: dict[str, Cell]
-
-    @property
-    def binary(self) -> bool:
-        bits = self.cells["bits"].value
-        return bits is not None and bits < BINARY_BELOW_BITS
 
 
 def extra_columns(texts: Iterable[str], wikitext2_text: str) -> dict[str, tuple[str, str]]:
@@ -124,7 +120,7 @@ def _build_row(
     if row.method is None:
         hole = Cell(None, status="absent", reason=row.absent)
         cells = dict.fromkeys([*columns, AVERAGE], hole)
-        return TableRow(shown, row.label, "", PaperRow(method=row.label), cells)
+        return TableRow(shown, row.label, "", PaperRow(method=row.label), False, cells)
     method = load_method(row.method, layout)
     records = {}
     for kind in {kind for kind, _ in columns.values()}:
@@ -132,7 +128,7 @@ def _build_row(
         records[kind] = (read_record(path) if path.exists() else None, path.relative_to(layout.root).as_posix())
     cells = {column: _cell(*records[kind], name) for column, (kind, name) in columns.items()}
     cells[AVERAGE] = average([cells[task] for task in TASK_METRICS], records["tasks"][1])
-    return TableRow(shown, row_label(method), row.method, method.paper, cells)
+    return TableRow(shown, row_label(method), row.method, method.paper, method.method in BINARY_METHODS, cells)
 
 
 def row_label(method: MethodConfig) -> str:

@@ -5,14 +5,14 @@ rule calibrate:
         text=lambda wildcards: text_source(wildcards.text),
     output:
         PATHS.calibration("{suite}", "{model}", "{text}", "{sequences}", "{length}", "{seed}"),
-    params:
-        code=stale.calibrate_code(),
+    log:
+        PATHS.log("{suite}", "{model}", "calibrate-{text}-n{sequences}-l{length}-s{seed}"),
     wildcard_constraints:
         sequences=r"\d+",
         length=r"\d+",
-    log:
-        PATHS.log("{suite}", "{model}", "calibrate-{text}-n{sequences}-l{length}-s{seed}"),
     threads: 1
+    params:
+        code=stale.calibrate_code(),
     shell:
         "{MOBIE} calibrate --suite {wildcards.suite} --model {wildcards.model} --seed {wildcards.seed} > {log} 2>&1"
 

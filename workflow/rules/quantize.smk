@@ -6,8 +6,6 @@ rule quantize:
         calibration=lambda wildcards: user_error(lambda: keys_of(wildcards).calibration)(),
     output:
         PATHS.record("{suite}", "{model}", "{method}", "{seed}", "quantize"),
-    params:
-        stale=lambda wildcards: quantize_state(wildcards),
     log:
         PATHS.log("{suite}", "{model}", "{method}", "s{seed}", "quantize"),
     benchmark:
@@ -16,6 +14,8 @@ rule quantize:
     resources:
         mem_mb=lambda wildcards: keys_of(wildcards).model_config.resources.mem_mb,
         gpu=lambda wildcards: keys_of(wildcards).model_config.resources.gpu,
+    params:
+        stale=lambda wildcards: quantize_state(wildcards),
     shell:
         "{MOBIE} quantize --suite {wildcards.suite} --model {wildcards.model} --method {wildcards.method}"
         " --seed {wildcards.seed} > {log} 2>&1"

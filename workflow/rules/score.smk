@@ -39,9 +39,6 @@ for kind in ("perplexity", "tasks", "routing"):
             score_inputs(kind),
         output:
             PATHS.record("{suite}", "{model}", "{method}", "{seed}", kind),
-        params:
-            stale=score_state(kind),
-            kind=kind,
         log:
             PATHS.log("{suite}", "{model}", "{method}", "s{seed}", kind),
         benchmark:
@@ -50,6 +47,9 @@ for kind in ("perplexity", "tasks", "routing"):
         resources:
             mem_mb=lambda wildcards: keys_of(wildcards).model_config.resources.mem_mb,
             gpu=lambda wildcards: keys_of(wildcards).model_config.resources.gpu,
+        params:
+            stale=score_state(kind),
+            kind=kind,
         shell:
             "{MOBIE} score-{params.kind} --suite {wildcards.suite} --model {wildcards.model}"
             " --method {wildcards.method} --seed {wildcards.seed} > {log} 2>&1"

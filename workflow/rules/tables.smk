@@ -18,11 +18,11 @@ rule table2:
         PATHS.table("table2", "csv"),
         PATHS.table("table2", "md"),
         PATHS.table("table2", "long.csv"),
-    params:
-        suite=SUITE,
-        stale=table2_state(),
     log:
         PATHS.log("table2"),
     threads: 1
+    params:
+        suite=SUITE,
+        stale=table2_state(),
     shell:
         "{MOBIE} table2 --suite {params.suite} > {log} 2>&1"

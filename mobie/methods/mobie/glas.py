@@ -16,7 +16,7 @@ from mobie.methods.hessian import damp, inverse_cholesky
 def inverse_diagonal(hessian: Tensor, rule: str, percdamp: float) -> Tensor:
     """The denominator of eq. 9 before squaring, `(..., in)`; infinite for columns that no (weighted) input reaches.
 
-    rule "inverse_diagonal" is `[H⁻¹]_jj` as printed; "cholesky_diagonal" is `U_jj`, as in the released binary baselines.
+    rule "inverse_diagonal" is `[H⁻¹]_jj` as printed; "cholesky_diagonal" is `U_jj`, as released baselines do.
     H is damped at unit mean diagonal: loss gradients have any scale, and damping sets dead columns to 1.
     """
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
