@@ -347,54 +347,85 @@ def quantize(
     model = load_full_precision(model_folder)
     _check_attention(model)
     _check_calibration(calibration, model)
+    loop = _Loop(model, adapter, method, policy, out, fingerprint)
     batches = list(calibration.split(BATCH_SEQUENCES))
-    work = out / "work"
-
-    gradient_cpu_seconds = None
-    if method.needs_gradients:
-        gradient_cpu_seconds = _gradients(model, adapter, method, batches, work, fingerprint, progress)
+    gradient_cpu_seconds = loop.take_gradients(batches, progress) if method.needs_gradients else None
     with torch.no_grad():
         kept_bytes = _save_kept(model, adapter, method, _kept_dtype(model_folder), out, fingerprint)
-        hidden, arguments = _first_block_inputs(model, adapter, batches)
-        stream = _Stream(hidden, arguments)
-        full_stream = _Stream(hidden, arguments) if method.needs_gradients else None
-        keep_full_precision = policy.inputs == "full_precision"
-        ledgers, reports = {}, []
+        loop.enter(batches)
         blocks = adapter.blocks(model)
-        for index, block in enumerate(tqdm(blocks, desc="blocks", unit="block", disable=not progress)):
-            began = time.process_time()
-            path = block_path(out, index)
-            shard_fingerprint = hashlib.sha256(f"{fingerprint}/{index}".encode()).hexdigest()
-            finished = path.exists() and load_block(path).fingerprint == shard_fingerprint
-            if finished:
-                behind = stream.through(block) if keep_full_precision else stream
-                full_stream = full_stream.through(block) if full_stream is not None else None
-            else:
-                groups, experts = adapter.linear_groups(block), adapter.experts_module(block)
-                guided = None
-                if full_stream is not None:
-                    weights = load_token_weights(work / f"{index:03d}.safetensors", fingerprint)
-                    guided = GuidedHessians(full_stream.shape(groups, experts), weights)
-                    full_stream = full_stream.observe(block, experts, model.config, guided)
-                if method.quantizes_router and experts is not None:
-                    groups.append({adapter.architecture.router: adapter.router(block)})
-                statistics = BlockStatistics(stream.shape(groups, experts), policy.experts == "all_experts")
-                behind = stream.observe(block, experts, model.config, statistics)
-                packed, details = _quantize_block(block, adapter, method, statistics, guided)
-                save_block(path, packed, shard_fingerprint, details)
-            stored = load_block(path)
-            write_block(adapter, block, stored.block)
-            stream = behind if keep_full_precision else stream.through(block)
-            ledgers[f"block{index}"] = _ledger(stored.block, adapter.router(block))
-            cpu_seconds = None if finished else time.process_time() - began
-            reports.append({"block": index, "cpu_seconds": cpu_seconds, **stored.details})
+        reports = [loop.step(i, block) for i, block in enumerate(tqdm(blocks, "blocks", disable=not progress))]
     _copy_side_files(model_folder, out)
     save_manifest(out, fingerprint, model.config.model_type, len(blocks), method.quantizes_router)
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(loop.work, ignore_errors=True)
     files = [*out.glob("block-*.safetensors"), out / KEPT]
-    return QuantizeReport(
-        BitLedger.merge(ledgers), kept_bytes, sum(f.stat().st_size for f in files), gradient_cpu_seconds, reports
-    )
+    file_bytes = sum(file.stat().st_size for file in files)
+    return QuantizeReport(BitLedger.merge(loop.ledgers), kept_bytes, file_bytes, gradient_cpu_seconds, reports)
+
+
+class _Loop:
+    """A job under way: the two streams, at the entry of the next block, and the ledgers of the blocks behind."""
+
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, method: Method, policy: CalibrationPolicy, out: Path, fingerprint: str
+    ) -> None:
+        self.model, self.adapter, self.method, self.policy, self.out = model, adapter, method, policy, out
+        self.work = out / "work"
+        self.ledgers: dict[str, BitLedger] = {}
+        self._fingerprint = fingerprint
+        self._stream = _Stream([], [])
+        self._full_stream: _Stream | None = None
+
+    def take_gradients(self, batches: list[Tensor], progress: bool) -> float:
+        """Fill `work` with token weights, unless every block is finished; returns the CPU seconds."""
+        if all(self._finished(index) for index in range(len(self.adapter.blocks(self.model)))):
+            return 0.0
+        return _gradients(self.model, self.adapter, self.method, batches, self.work, self._fingerprint, progress)
+
+    def enter(self, batches: list[Tensor]) -> None:
+        """Put the streams before the first block."""
+        self._stream = _Stream(*_first_block_inputs(self.model, self.adapter, batches))
+        self._full_stream = self._stream if self.method.needs_gradients else None
+
+    def step(self, index: int, block: nn.Module) -> dict[str, Any]:
+        """Quantize a block or read it back, run what is stored, and report."""
+        began = time.process_time()
+        finished = self._finished(index)
+        behind = self._pass_by(block) if finished else self._quantize(index, block)
+        stored = load_block(block_path(self.out, index))
+        write_block(self.adapter, block, stored.block)
+        self._stream = behind if self.policy.inputs == "full_precision" else self._stream.through(block)
+        self.ledgers[f"block{index}"] = _ledger(stored.block, self.adapter.router(block))
+        return {"block": index, "cpu_seconds": None if finished else time.process_time() - began, **stored.details}
+
+    def _shard_fingerprint(self, index: int) -> str:
+        return hashlib.sha256(f"{self._fingerprint}/{index}".encode()).hexdigest()
+
+    def _finished(self, index: int) -> bool:
+        path = block_path(self.out, index)
+        return path.exists() and load_block(path).fingerprint == self._shard_fingerprint(index)
+
+    def _pass_by(self, block: nn.Module) -> _Stream:
+        """A finished block: move the full-precision stream on, and the other one where it has full-precision inputs."""
+        if self._full_stream is not None:
+            self._full_stream = self._full_stream.through(block)
+        return self._stream.through(block) if self.policy.inputs == "full_precision" else self._stream
+
+    def _quantize(self, index: int, block: nn.Module) -> _Stream:
+        """Gather statistics, quantize, write the shard; returns the stream behind the block as it was."""
+        groups, experts = self.adapter.linear_groups(block), self.adapter.experts_module(block)
+        guided = None
+        if self._full_stream is not None:
+            weights = load_token_weights(self.work / f"{index:03d}.safetensors", self._fingerprint)
+            guided = GuidedHessians(self._full_stream.shape(groups, experts), weights)
+            self._full_stream = self._full_stream.observe(block, experts, self.model.config, guided)
+        if self.method.quantizes_router and experts is not None:
+            groups.append({self.adapter.architecture.router: self.adapter.router(block)})
+        statistics = BlockStatistics(self._stream.shape(groups, experts), self.policy.experts == "all_experts")
+        behind = self._stream.observe(block, experts, self.model.config, statistics)
+        packed, details = _quantize_block(block, self.adapter, self.method, statistics, guided)
+        save_block(block_path(self.out, index), packed, self._shard_fingerprint(index), details)
+        return behind
 
 
 def _copy_side_files(model_folder: Path, out: Path) -> None:

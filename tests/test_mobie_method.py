@@ -156,18 +156,37 @@ def test_second_order_columns_are_those_of_highest_saliency() -> None:
         assert matrix.salient.tolist() == sorted(scores.argsort(descending=True)[:4].tolist())
 
 
-def test_energy_weighted_rows_lower_the_error_of_the_weights() -> None:
-    """‖W - Ŵ‖² = Σ_j σ_j² ‖V_j - V̂_j‖² for an orthonormal U: weighting rows by σ² is its least squares."""
+def test_energy_weighted_rows_are_the_least_squares_of_the_weights() -> None:
+    """‖W - Ŵ‖² = Σ_j σ_j² ‖V_j - V̂_j‖² for an orthonormal U: the optimum is the first singular pair of σ|V|."""
     options = {"scope": "matrix", "nges": False, "basis_bits": 16, "salient_share": 0.0, "iterations": 200}
-    errors = []
     for weighting in ("sigma2", "uniform"):
         method = MoBiE(row_weighting=weighting, **options)
         bank, stats = layer(method)
-        packed = method.quantize_experts(bank, stats)
-        errors.append(
-            [(bank.projections[n].double() - p.dequantize().double()).norm().item() for n, p in packed.items()]
-        )
-    assert all(weighted < plain for weighted, plain in zip(*errors, strict=True))
+        for name, packed in method.quantize_experts(bank, stats).items():
+            basis, factors = joint_svd(bank.projections[name], "left")
+            scaled = basis.double().norm(dim=0)[:, None] * factors.double().abs()
+            least = torch.linalg.svdvals(scaled)[:, 1:].square().sum()
+            ratio = (bank.projections[name] - packed.dequantize()).double().square().sum() / least
+            assert ratio == pytest.approx(1, abs=1e-4) if weighting == "sigma2" else ratio > 1.0005
+
+
+def test_basis_on_the_right_means_latent_inputs() -> None:
+    """Its experts are binarized as any matrices would be whose inputs are `x (S Vᵀ)ᵀ`."""
+    generator = torch.Generator().manual_seed(6)
+    bank = torch.randn(2, 20, 30, generator=generator)
+    x = correlated(200, 30, generator)
+    weights = torch.rand(200, 4, generator=generator)
+    basis, factors = joint_svd(bank, "right")
+    packed = []
+    for method, matrices, inputs in ((MoBiE(shared_side="right"), bank, x), (MoBiE(), factors, x @ basis.T)):
+        method = method if matrices is bank else replace(method, joint_svd="off")
+        method = replace(method, block_size=10, regularization=0.01)
+        stats = [LinearStats.from_inputs(inputs, w) for w in (weights, weights.flip(0))]
+        statistics = BankStats({"w": stats}, {"w": LinearStats.from_inputs(inputs)})
+        packed.append(method.quantize_experts(ExpertBank({"w": matrices}, (("w",),)), statistics)["w"])
+    for ours, theirs in zip(*(bank.experts for bank in packed), strict=True):
+        assert torch.equal(ours.salient, theirs.salient)
+        torch.testing.assert_close(ours.dequantize(), theirs.dequantize(), rtol=1e-2, atol=1e-4)
 
 
 # gradients
@@ -402,6 +421,30 @@ def test_nges_acts_where_it_is_aimed() -> None:
     assert torch.equal(dense(router_only), dense(off)) and not torch.equal(dense(both), dense(off))
     assert torch.equal(router(both), router(router_only)) and not torch.equal(router(both), router(off))
     assert both.quantizes_router and not MoBiE().quantizes_router
+
+
+def test_nges_modulates_the_sum_of_both_orders() -> None:
+    """Eqs. 48 to 50 in a loop in float64, on what the method stores without NGES."""
+    options = {"joint_svd": "off", "glas": False, "salient_share": 0.2, "regularization": 0.05, "tolerance": 0.0}
+    plain, modulated = (MoBiE(nges=nges, **options) for nges in (False, True))
+    bank, stats = layer(plain)
+    binarized = plain.quantize_experts(bank, stats)["down"].dequantize().double()
+    values, vectors = torch.linalg.eigh(stats.pooled["down"].hessian.double())
+    energy = values[:-1].flip(0)  # falling, without the first
+    first = next(i for i in range(1, INNER) if energy[i:].sum() <= 0.1 * energy[:i].sum())
+    null = vectors.flip(1)[:, 1 + first :]
+    weight = bank.projections["down"].double()
+    target = weight - (weight - binarized) @ null @ null.T
+    row, column = torch.ones(EXPERTS, HIDDEN, 1).double(), torch.ones(EXPERTS, 1, INNER).double()
+    for _ in range(15):
+        part = binarized * column
+        row = ((part * target).sum(2, keepdim=True) + 0.05) / (part.square().sum(2, keepdim=True) + 0.05)
+        part = binarized * row
+        column = ((part * target).sum(1, keepdim=True) + 0.05) / (part.square().sum(1, keepdim=True) + 0.05)
+    result = modulated.quantize_experts(bank, stats)["down"].dequantize().double()
+    expected = row * binarized * column
+    torch.testing.assert_close(result, expected, rtol=2e-3, atol=1e-5)
+    assert (expected - binarized).norm() > 0.02 * binarized.norm()
 
 
 def test_nges_lowers_the_error_that_strong_inputs_see() -> None:

@@ -123,6 +123,14 @@ def test_small_factors_fit_as_well(scale: float) -> None:
     assert error <= 1.01 * expected
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-5])
+def test_column_scales_average_one(scale: float) -> None:
+    projected = scale * random_weight(30, seed=20).abs()
+    inside = [0, 4, 9, 21]
+    _, column = fit_scales(projected, mask_of(30, inside), torch.ones(ROWS), 15, 0.0)
+    torch.testing.assert_close(column[:, inside].mean(1), torch.ones(EXPERTS))
+
+
 def test_second_order_binarizes_the_residual_on_salient_columns_only() -> None:
     weight = random_weight(16, seed=9)
     chosen = [2, 3, 11]

@@ -18,6 +18,7 @@ from mobie.packing.bits import pack_codes, unpack_codes
 
 #: name under which gate and up are stored as one bank, `(2·experts, out, in)`, when they share one basis
 GATE_UP = "gate_up"
+SMALLEST_HALF = 2.0**-24  # smallest positive float16
 
 
 @register_format
@@ -46,7 +47,7 @@ class SymmetricRows(Packed):
     def quantize(cls, matrix: Tensor, bits: int) -> Self:
         """Round `(rows, cols)`, the largest magnitude of a row at ±(2^(bits-1) - 1)."""
         top = (1 << (bits - 1)) - 1
-        scale = (matrix.abs().amax(dim=1) / top).clamp(min=torch.finfo(torch.float16).tiny).half()
+        scale = (matrix.abs().amax(dim=1) / top).clamp(min=SMALLEST_HALF).half()
         codes = (matrix / scale.float()[:, None]).round().clamp(-top, top)
         stored = codes.to(torch.int8) if bits == 8 else pack_codes(codes.int() + top + 1, bits)
         return cls(stored, scale, bits, matrix.shape[1])

@@ -219,7 +219,7 @@ class BinaryMatrix(Packed):
             header["extra_is_residual"],
         )
 
-    def paper_bits(self, active_experts: int | None = None) -> float:
+    def paper_bits(self, active_share: float = 1.0) -> float:
         """`2r + (1 - r)`, r the share of salient columns: scales, means, bitmaps and indices are left out."""
         return 1 + len(self.salient) / self.size[1]
 

@@ -174,7 +174,7 @@ class Grid(Packed):
     def from_tensors(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         return cls(**{"column_scale": None, **tensors}, **header)
 
-    def paper_bits(self, active_experts: int | None = None) -> float:
+    def paper_bits(self, active_share: float = 1.0) -> float:
         return self.paper
 
 

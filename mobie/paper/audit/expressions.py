@@ -6,6 +6,7 @@ Only numbers, names, + - * / ** and the functions below are understood; nothing 
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 import statistics
@@ -27,6 +28,7 @@ FUNCTIONS: dict[str, Callable[..., float]] = {
     "min": lambda *values: min(values),
     "max": lambda *values: max(values),
     "abs": abs,
+    "count": lambda *values: len(values),
 }
 
 
@@ -71,6 +73,8 @@ def evaluate(expression: str, values: Values) -> tuple[float, float]:
     tree = _parse(expression)
     numbers = {name: _numbers(entry) for name, entry in values.items()}
     centre = _value(tree, numbers, expression)
+    if math.isnan(centre):
+        raise ConfigError(f"{expression!r}: an entry is no number; expected numbers, or count()")
     tolerance = 0.0
     for name, entry in values.items():
         for position, part in enumerate([entry] if isinstance(entry, Entry) else entry):
@@ -95,13 +99,16 @@ def shown(expression: str, values: Values) -> str:
 
 
 def _numbers(entry: Entry | Sequence[Entry]) -> float | tuple[float, ...]:
-    return entry.number if isinstance(entry, Entry) else tuple(part.number for part in entry)
+    """The number, or those of a list, where labels (which can only be counted) are NaN."""
+    if isinstance(entry, Entry):
+        return entry.number
+    return tuple(math.nan if part.value is None else part.value for part in entry)
 
 
 def _moved(entry: Entry | Sequence[Entry], position: int, step: float) -> float | tuple[float, ...]:
     if isinstance(entry, Entry):
         return entry.number + step
-    return tuple(part.number + (step if index == position else 0.0) for index, part in enumerate(entry))
+    return tuple(number + (step if index == position else 0.0) for index, number in enumerate(_numbers(entry)))
 
 
 def _parse(expression: str) -> ast.expr:
