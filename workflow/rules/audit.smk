@@ -1,0 +1,22 @@
+# The paper's printed numbers against each other: a second, no model and no torch.
+from mobie.paths import PACKAGE
+from mobie.provenance import code_hash, file_hash
+
+localrules:
+    audit,
+
+
+PAPER_FILES = sorted(path for path in (PACKAGE / "paper").rglob("*") if path.suffix in {".csv", ".yaml"})
+
+
+rule audit:
+    output:
+        PATHS.table("audit", "json"),
+        PATHS.table("audit", "md"),
+    log:
+        PATHS.log("audit"),
+    threads: 1
+    params:
+        stale=digest([code_hash(["mobie.paper.audit"]), [file_hash(path) for path in PAPER_FILES]]),
+    shell:
+        "{MOBIE} audit --save {output[0]} --save {output[1]} > {log} 2>&1"
