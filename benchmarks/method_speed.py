@@ -3,9 +3,9 @@
     python benchmarks/method_speed.py                    # the shape of one layer of the embedded model
     python benchmarks/method_speed.py --experts 64 --hidden 2048 --width 1024 --methods billm arb-llm mobie
 
-The weights are random with the falling spectrum of trained ones; inputs are correlated and every expert sees the same
-number of tokens. Statistics and gradients are given, so what is timed is the methods' own mathematics; the loss-gradient
-pass that GLAS adds to MoBiE is part of the pipeline's own timings (README).
+The weights are random with the falling spectrum of trained ones; inputs are correlated and every expert sees the
+same number of tokens. Statistics and gradients are given, so what is timed is the methods' own mathematics; the
+loss-gradient pass that GLAS adds to MoBiE is part of the pipeline's own timings (README).
 """
 
 from __future__ import annotations

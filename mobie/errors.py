@@ -22,6 +22,10 @@ class StorageError(MobieError):
     """A result could not be written: disk full, folder read-only, or file changed under us."""
 
 
+class MeasurementError(MobieError):
+    """A score is not a number (a broken quantized model); recorded as status `failed`, not raised to the user."""
+
+
 class UnsupportedError(MobieError):
     """A method does not apply to this model or input; recorded as status `unsupported`, not as a failure."""
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from mobie.errors import DataError
-from mobie.jobs.data import fetch_source
-from mobie.paths import PACKAGE, Layout
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the workflow's jobs; before anything imports torch
+
+from mobie.errors import DataError  # noqa: E402
+from mobie.jobs.data import fetch_source  # noqa: E402
+from mobie.paths import PACKAGE, Layout  # noqa: E402
 
 ROOT = PACKAGE.parent
 

@@ -19,9 +19,7 @@ def stats(width: int, groups: int, seed: int) -> LinearStats:
     inputs = torch.randn(TOKENS, width, generator=generator) @ mixing
     found = LinearStats.from_inputs(inputs, torch.rand(TOKENS, groups, generator=generator))
     means = inputs.view(3, -1, width).mean(1)
-    return LinearStats(
-        found.hessian, found.tokens, found.mean_abs, found.sample, found.guided, 2 / 3 * means.T @ means
-    )
+    return LinearStats(found.hessian, found.tokens, found.mean_abs, found.sample, found.guided, 2 / 3 * means.T @ means)
 
 
 def layer(groups: int) -> tuple[ExpertBank, BankStats]:

@@ -35,6 +35,7 @@ def run(
         weight,
         salient,
         factor,
+        feedback="triangular",
         block_size=block_size,
         row_weights=torch.ones(weight.shape[1]) if row_weights is None else row_weights,
         iterations=iterations,

@@ -24,7 +24,7 @@ from transformers import (
 
 from mobie.data.lambada import standard_text
 from mobie.data.mirror import write_mirror
-from mobie.errors import ConfigError, DataError, UnsupportedError
+from mobie.errors import ConfigError, DataError, MeasurementError, UnsupportedError
 from mobie.scoring.perplexity import PerplexityProtocol, perplexity
 from mobie.scoring.routing import RoutingProtocol, compare_routing, record_routing, routing, token_shift
 from mobie.scoring.tasks import TaskScores, TasksProtocol, load_tasks, sample_items, tasks
@@ -182,11 +182,11 @@ def test_a_destroyed_model_is_an_error_not_a_number(tokenizer: PreTrainedTokeniz
     with torch.no_grad():
         broken.lm_head.weight[0] = math.nan
     protocol = PerplexityProtocol(text="t", window=32, windows=4)
-    with pytest.raises(DataError, match="not finite in 4 of 4 windows"):
+    with pytest.raises(MeasurementError, match="not finite in 4 of 4 windows"):
         perplexity(broken, tokenizer, DOCUMENTS, protocol)
     with torch.no_grad():
         broken.lm_head.weight.copy_(torch.randn_like(broken.lm_head.weight) * 1e6)
-    with pytest.raises(DataError, match="too large for exp"):
+    with pytest.raises(MeasurementError, match="too large for exp"):
         perplexity(broken, tokenizer, DOCUMENTS, protocol)
 
 
@@ -259,7 +259,7 @@ def test_recordings_that_cannot_be_compared_are_refused(tokenizer: PreTrainedTok
     z = torch.zeros(1, 2, 3, 4)
     with pytest.raises(DataError, match="expected equal ones"):
         compare_routing(z, torch.zeros(1, 2, 3, 5), top_k=2)
-    with pytest.raises(DataError, match="NaN"):
+    with pytest.raises(MeasurementError, match="NaN"):
         compare_routing(z, z * math.nan, top_k=2)
 
     from transformers import LlamaConfig, LlamaForCausalLM

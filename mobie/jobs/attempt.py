@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from mobie.errors import MobieError, UnsupportedError
+from mobie.errors import MeasurementError, MobieError, UnsupportedError
 from mobie.records import Status
 from mobie.storage import storage_error
 
@@ -36,6 +36,8 @@ def attempt(action: Callable[[], Value], writes: Path) -> Outcome[Value]:
         return Outcome(action())
     except UnsupportedError as error:
         return Outcome(None, "unsupported", str(error))
+    except MeasurementError as error:
+        return Outcome(None, "failed", str(error))
     except MobieError:
         raise
     except OSError as error:

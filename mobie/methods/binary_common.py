@@ -19,7 +19,15 @@ from torch import Tensor
 
 from mobie.errors import ConfigError, DataError
 from mobie.methods.base import LinearStats, Method
-from mobie.methods.hessian import damp, inverse_cholesky
+from mobie.methods.hessian import (
+    Feedback,
+    SaliencyRule,
+    damp,
+    handed_on,
+    inverse_cholesky,
+    saliency_denominator,
+    scaled_saliency_denominator,
+)
 from mobie.packing.binary import BinaryMatrix, Segment, to_half
 
 #: quantiles of the magnitudes that are tried as border between the two groups
@@ -266,12 +274,12 @@ class BinaryMethod(Method):
 
     block_size: int = 128
     percdamp: float = 0.01
-    saliency_rule: Literal["cholesky_diagonal", "inverse_diagonal"] = "cholesky_diagonal"
+    saliency_rule: SaliencyRule = "cholesky_diagonal"
     saliency_source: Literal["local", "guided"] = "local"
     gradient_groups: int = 4
     max_salient: int = 49
     search_on: Literal["saliency", "weights"] = "saliency"
-    feedback: Literal["diagonal", "triangular", "none"] = "diagonal"
+    feedback: Feedback = "diagonal"
 
     def __post_init__(self) -> None:
         for option in ("block_size", "gradient_groups", "max_salient"):
@@ -309,7 +317,7 @@ class BinaryMethod(Method):
             fits = self.fit_block(block, split, stats.hessian[here, here])
             dense = torch.empty_like(block)
             dense[:, ~split.salient], dense[:, split.salient] = (fit.dense() for fit in fits)
-            self._feed_errors(remaining, block - dense, factor, here)
+            remaining[:, here.stop :] -= handed_on(block - dense, factor, here, self.feedback)
             masks.append(split.salient)
             plain.append(fits[0])
             extra.append(fits[1])
@@ -339,30 +347,15 @@ class BinaryMethod(Method):
 
     def _denominators(self, factor: Tensor, stats: LinearStats, rows: int) -> Tensor:
         if self.saliency_source == "local":
-            return self._denominator(factor)[None]
+            return saliency_denominator(factor, self.saliency_rule)[None]
         if stats.guided is None:
             raise DataError(
                 f"{self.name}: saliency_source 'guided' needs Hessians weighted by loss gradients, got none; calibrate "
                 "with gradients, or use saliency_source 'local'"
             )
-        per_group = self._denominator(inverse_cholesky(damp(stats.guided, self.percdamp)[0]))  # (groups, in)
+        per_group = scaled_saliency_denominator(stats.guided, self.saliency_rule, self.percdamp)  # (groups, in)
         runs = torch.arange(rows, device=per_group.device).tensor_split(len(per_group))
         return torch.cat([row.expand(len(run), -1) for row, run in zip(per_group, runs, strict=True)])
-
-    def _denominator(self, factor: Tensor) -> Tensor:
-        if self.saliency_rule == "cholesky_diagonal":
-            return factor.diagonal(dim1=-2, dim2=-1)
-        return factor.square().sum(-2)  # diagonal of UᵀU
-
-    def _feed_errors(self, remaining: Tensor, errors: Tensor, factor: Tensor, here: slice) -> None:
-        """Subtract a block's errors `(out, n)`, propagated, from the columns of `remaining` behind it."""
-        behind = slice(here.stop, None)
-        square = factor[here, here]
-        if self.feedback == "diagonal":
-            remaining[:, behind] -= errors / square.diagonal() @ factor[here, behind]
-        elif self.feedback == "triangular":
-            solved = torch.linalg.solve_triangular(square, errors, upper=True, left=False)
-            remaining[:, behind] -= solved @ factor[here, behind]
 
 
 def _stored(scales: Tensor) -> Tensor:

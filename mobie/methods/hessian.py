@@ -5,6 +5,8 @@ H: `2/n · XᵀX`, `(..., in, in)`.  U: upper triangular with H⁻¹ = UᵀU.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -52,3 +54,48 @@ def inverse_cholesky(hessian: Tensor) -> Tensor:
             )
         factors[index] = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
     return factors.reshape(hessian.shape)
+
+
+#: what later columns take up of a block's error: E / diag U times U, as the released baselines do; the least-squares
+#: answer E U_block⁻¹ U; or nothing
+Feedback = Literal["diagonal", "triangular", "none"]
+
+
+def handed_on(errors: Tensor, factor: Tensor, here: slice, rule: Feedback) -> Tensor:
+    """What the columns behind a block must lose to make up for the block's errors `W - Ŵ`.
+
+    Args:
+        errors: `(..., out, n)`, of the n columns `here`.
+        factor: U, `(..., in, in)`.
+
+    Returns:
+        `(..., out, in - here.stop)`.
+    """
+    square, behind = factor[..., here, here], factor[..., here, here.stop :]
+    if rule == "none":
+        return errors.new_zeros(*errors.shape[:-1], behind.shape[-1])
+    if rule == "diagonal":
+        return errors / square.diagonal(dim1=-2, dim2=-1)[..., None, :] @ behind
+    return torch.linalg.solve_triangular(square, errors, upper=True, left=False) @ behind
+
+
+#: the denominator d of a weight's saliency `(w / d)²`: `[H⁻¹]_jj` as MoBiE prints it, `U_jj` as released baselines do
+SaliencyRule = Literal["inverse_diagonal", "cholesky_diagonal"]
+
+
+def saliency_denominator(factor: Tensor, rule: SaliencyRule) -> Tensor:
+    """d of every column, `(..., in)`, from U `(..., in, in)`."""
+    return factor.diagonal(dim1=-2, dim2=-1) if rule == "cholesky_diagonal" else factor.square().sum(dim=-2)
+
+
+def scaled_saliency_denominator(hessian: Tensor, rule: SaliencyRule, percdamp: float) -> Tensor:
+    """d from a Hessian of any scale `(..., in, in)`, as loss gradients give; infinite for columns that nothing reaches.
+
+    H is damped at unit mean diagonal, because damping sets dead columns to 1, and scaled back.
+    """
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    scale = torch.where(mean > 0, mean, 1.0)[..., None]
+    damped, dead = damp(hessian / scale[..., None], percdamp)
+    denominator = saliency_denominator(inverse_cholesky(damped), rule)
+    power = 0.5 if rule == "cholesky_diagonal" else 1.0
+    return (denominator / scale**power).masked_fill(dead, float("inf"))

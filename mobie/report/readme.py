@@ -1,7 +1,7 @@
 """The generated parts of README.md: everything between `<!-- generated: NAME -->` and `<!-- end -->`.
 
-A number in the README is never typed: it is read from the records of the last run, from Snakemake's benchmark files, or from
-the record of how the embedded model was made.
+A number in the README is never typed: it is read from the records of the last run, from Snakemake's benchmark files,
+or from the record of how the embedded model was made.
 """
 
 from __future__ import annotations

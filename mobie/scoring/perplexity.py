@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mobie.errors import DataError
+from mobie.errors import MeasurementError
 from mobie.records import Measurement
 from mobie.scoring.windows import WindowProtocol, require_fit, token_windows
 
@@ -26,7 +26,8 @@ def perplexity(model: Any, tokenizer: Any, documents: Sequence[str], protocol: P
 
     Raises:
         ConfigError: the model does not fit the protocol.
-        DataError: the text is shorter than one window, or a loss is not finite.
+        DataError: the text is shorter than one window.
+        MeasurementError: a loss is not finite.
     """
     require_fit(model, protocol)
     windows = token_windows(documents, tokenizer, protocol)
@@ -40,14 +41,14 @@ def _exponential(losses: Tensor, text: str) -> float:
     """exp of the mean loss, refused where it is no number (a record holds finite values only)."""
     bad = int((~losses.isfinite()).sum())
     if bad:
-        raise DataError(
+        raise MeasurementError(
             f"text {text!r}: the model's loss is not finite in {bad} of {len(losses)} windows, expected finite losses; "
             "its weights or activations overflow: try another dtype, or look at how it was quantized"
         )
     try:
         return math.exp(losses.mean())
     except OverflowError:
-        raise DataError(
+        raise MeasurementError(
             f"text {text!r}: the mean loss is {losses.mean():.0f}, too large for exp; the model is destroyed"
         ) from None
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mobie.errors import DataError, UnsupportedError
+from mobie.errors import DataError, MeasurementError, UnsupportedError
 from mobie.records import Measurement
 from mobie.scoring.windows import WindowProtocol, require_fit, token_windows
 
@@ -78,7 +78,8 @@ def compare_routing(reference: Tensor, other: Tensor, top_k: int) -> list[Measur
     another, so the standard errors are those of a mean over windows.
 
     Raises:
-        DataError: the recordings differ in shape, or hold values that are not finite.
+        DataError: the recordings differ in shape.
+        MeasurementError: they hold values that are not finite.
     """
     if reference.shape != other.shape:
         raise DataError(
@@ -86,7 +87,7 @@ def compare_routing(reference: Tensor, other: Tensor, top_k: int) -> list[Measur
             "record both models under the same protocol"
         )
     if not (reference.isfinite().all() and other.isfinite().all()):
-        raise DataError(
+        raise MeasurementError(
             "router logits hold NaN or infinity, expected finite values; look at how the model was quantized"
         )
     similarity = token_similarity(reference, other).mean(dim=-1)  # (layers, windows)

@@ -10,28 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mobie.methods.hessian import damp, inverse_cholesky
-
-
-def inverse_diagonal(hessian: Tensor, rule: str, percdamp: float) -> Tensor:
-    """The denominator of eq. 9 before squaring, `(..., in)`; infinite for columns that no (weighted) input reaches.
-
-    rule "inverse_diagonal" is `[H⁻¹]_jj` as printed; "cholesky_diagonal" is `U_jj`, as released baselines do.
-    H is damped at unit mean diagonal: loss gradients have any scale, and damping sets dead columns to 1.
-    """
-    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
-    scale = torch.where(mean > 0, mean, 1.0)[..., None]
-    damped, dead = damp(hessian / scale[..., None], percdamp)
-    factor = inverse_cholesky(damped)
-    if rule == "cholesky_diagonal":
-        inverse = factor.diagonal(dim1=-2, dim2=-1) / scale.sqrt()
-    else:
-        inverse = factor.square().sum(dim=-2) / scale
-    return inverse.masked_fill(dead, float("inf"))
+from mobie.methods.hessian import SaliencyRule, scaled_saliency_denominator
 
 
 def saliency(
-    weight: Tensor, hessians: Sequence[Tensor], rule: str = "inverse_diagonal", percdamp: float = 0.01
+    weight: Tensor, hessians: Sequence[Tensor], rule: SaliencyRule = "inverse_diagonal", percdamp: float = 0.01
 ) -> Tensor:
     """Saliency of every weight, eq. 9; zero in a column that no (weighted) input reaches.
 
@@ -42,7 +25,7 @@ def saliency(
     Returns:
         `(experts, rows, in)`.
     """
-    denominators = torch.stack([inverse_diagonal(hessian, rule, percdamp) for hessian in hessians])
+    denominators = torch.stack([scaled_saliency_denominator(hessian, rule, percdamp) for hessian in hessians])
     runs = weight.tensor_split(denominators.shape[1], dim=1)
     parts = [(run / denominators[:, g, None]).square() for g, run in enumerate(runs)]
     return torch.cat(parts, dim=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mobie.errors import ConfigError, DataError, UnsupportedError
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method, register
-from mobie.methods.hessian import damp, inverse_cholesky
+from mobie.methods.hessian import Feedback, SaliencyRule, damp, inverse_cholesky
 from mobie.methods.mobie.cejd import choose_side, joint_svd
 from mobie.methods.mobie.glas import saliency, salient_columns
 from mobie.methods.mobie.mixed_order import binarize, pack
@@ -39,7 +39,8 @@ class MoBiE(Method):
     glas:             saliency from guided Hessians; off: from the local Hessian (ablation).
     saliency_rule:    (9) "inverse_diagonal" as printed, "cholesky_diagonal" as the released baselines.
     salient_share:    (10) share of columns with a second order.
-    scope, block_size: (11) "block" with error feedback between blocks, or "matrix" without.
+    scope, block_size, feedback: (11) "block" with error feedback between blocks (`hessian.Feedback`; the default is
+                      that of ARB-LLM), or "matrix" without.
     row_weighting:    (12) "uniform", or "sigma2": rows of the latent weighted by the squared singular value.
     router:           (13) "16bit", or "binarized", where NGES then works on the router too.
     nges, nges_target: (13) "experts" (and a binarized router), or "router" only; nges off (ablation).
@@ -57,9 +58,10 @@ class MoBiE(Method):
     glas: bool = True
     gradient_at: Literal["latent", "output"] = "latent"
     gradient_groups: int = 4
-    saliency_rule: Literal["inverse_diagonal", "cholesky_diagonal"] = "inverse_diagonal"
+    saliency_rule: SaliencyRule = "inverse_diagonal"
     salient_share: float = 0.05
     scope: Literal["block", "matrix"] = "block"
+    feedback: Feedback = "diagonal"
     block_size: int = 128
     row_weighting: Literal["uniform", "sigma2"] = "uniform"
     router: Literal["16bit", "binarized"] = "16bit"
@@ -166,11 +168,12 @@ class MoBiE(Method):
         scores = saliency(weight, self._saliency_hessians(experts), self.saliency_rule, self.percdamp)
         salient = salient_columns(scores, self.salient_share)
         block_size = self.block_size if self.scope == "block" else weight.shape[2]
-        feedback = self.scope == "block" and weight.shape[2] > block_size
+        hands_on = self.feedback != "none" and weight.shape[2] > block_size
         first, second = binarize(
             weight,
             salient,
-            inverse_cholesky(damped) if feedback else None,
+            inverse_cholesky(damped) if hands_on else None,
+            feedback=self.feedback,
             block_size=block_size,
             row_weights=weight.new_ones(weight.shape[1]) if row_weights is None else row_weights,
             iterations=self.iterations,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mobie.methods.hessian import Feedback, handed_on
 from mobie.packing.binary import BinaryMatrix, Segment, to_half
 
 EPSILON = 1e-8  # B.3.3, implementation note 2
@@ -82,6 +83,7 @@ def binarize(
     salient: Tensor,
     factor: Tensor | None,
     *,
+    feedback: Feedback,
     block_size: int,
     row_weights: Tensor,
     iterations: int,
@@ -93,6 +95,7 @@ def binarize(
         weight: `(experts, rows, in)`.
         salient: `(experts, in)` bool, columns of second order.
         factor: U `(experts, in, in)` with H⁻¹ = UᵀU, for handing the error of a block on; None for none.
+        feedback: how the error is handed on.
 
     Returns:
         First-order plane over all columns, second-order plane over the salient ones.
@@ -112,11 +115,8 @@ def binarize(
             signs[order].append(sign)
             rows[order].append(row)
             columns[order].append(column)
-        if factor is not None and block.stop < weight.shape[2]:
-            error = torch.linalg.solve_triangular(
-                factor[:, block, block], target - approximation, upper=True, left=False
-            )
-            work[..., block.stop :] -= error @ factor[:, block, block.stop :]
+        if factor is not None:
+            work[..., block.stop :] -= handed_on(target - approximation, factor, block, feedback)
     first, second = (Plane(torch.cat(signs[k], 2), torch.stack(rows[k], 2), torch.cat(columns[k], 1)) for k in range(2))
     return first, second
 

@@ -162,6 +162,7 @@ class Claim(Strict):
     checks: list[Check] = []
     require: Literal["all", "any"] = Field(default="all", description="`any`: the checks are readings of one statement")
     not_checkable: str | None = Field(default=None, description="why (the rest of) it cannot be checked from entries")
+    severity: Severity = Field(default="inconsistency", description="of entries that contradict it")
     tolerance: str = Field(description="where the tolerance of a comparison with ours comes from")
     needs: list[str] = Field(min_length=1, description="what a suite has to measure for its own verdict")
     explanations: list[str] = []

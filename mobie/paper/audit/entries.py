@@ -156,7 +156,9 @@ def _below_chance(table: Table, name: str, column: Column) -> Iterator[Finding]:
     low = [row for row in table.rows if row[name].value is not None and row[name].number < limit]
     where = f"{table.where}, {name}"
     if not low:
-        sentence = f"no entry is below the chance level {column.chance:g} by more than {FAR_BELOW_CHANCE:g} standard errors"
+        sentence = (
+            f"no entry is below the chance level {column.chance:g} by more than {FAR_BELOW_CHANCE:g} standard errors"
+        )
         yield Finding("chance", where, "agrees", "info", sentence)
         return
     yield Finding(

@@ -125,7 +125,9 @@ def _value(node: ast.expr, names: Mapping[str, float | tuple[float, ...]], expre
         case ast.Name(id=name):
             found = _lookup(name, names, expression)
             if isinstance(found, tuple):
-                raise ConfigError(f"{expression!r}: {name} is a list; put it into mean(), sum(), min(), max() or count()")
+                raise ConfigError(
+                    f"{expression!r}: {name} is a list; put it into mean(), sum(), min(), max() or count()"
+                )
             return found
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_value(operand, names, expression)
@@ -139,9 +141,7 @@ def _value(node: ast.expr, names: Mapping[str, float | tuple[float, ...]], expre
     raise ConfigError(f"{expression!r}: {ast.unparse(node)!r} is not understood; expected numbers, names, + - * / **")
 
 
-def _call(
-    name: str, args: list[ast.expr], names: Mapping[str, float | tuple[float, ...]], expression: str
-) -> float:
+def _call(name: str, args: list[ast.expr], names: Mapping[str, float | tuple[float, ...]], expression: str) -> float:
     values: list[float] = []
     for arg in args:
         if isinstance(arg, ast.Name) and isinstance(found := _lookup(arg.id, names, expression), tuple):
@@ -153,9 +153,7 @@ def _call(
     return float(FUNCTIONS[name](*values))
 
 
-def _lookup(
-    name: str, names: Mapping[str, float | tuple[float, ...]], expression: str
-) -> float | tuple[float, ...]:
+def _lookup(name: str, names: Mapping[str, float | tuple[float, ...]], expression: str) -> float | tuple[float, ...]:
     if name not in names:
         raise ConfigError(f"{expression!r}: {unknown_name('value', name, names)}")
     return names[name]

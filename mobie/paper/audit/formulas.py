@@ -31,7 +31,9 @@ def _compare(paper: Paper, formula: doc.Formula, reference: str) -> Finding:
         sentence = f"printed {printed.text}, which the reading {' and '.join(map(repr, matching))} gives"
         return Finding("formula", where, "agrees", "info", sentence, entries, arithmetic)
     name, value = min(given.items(), key=lambda item: abs(item[1] - printed.number))
-    sentence = f"none of {len(given)} readings gives the printed {printed.text}; the nearest, {name!r}, gives {value:.2f}"
+    sentence = (
+        f"none of {len(given)} readings gives the printed {printed.text}; the nearest, {name!r}, gives {value:.2f}"
+    )
     return Finding("formula", where, "differs", "notice", sentence, entries, arithmetic, tuple(formula.explanations))
 
 

@@ -106,49 +106,43 @@ def to_json(report: Report) -> str:
 
 def to_text(report: Report) -> str:
     """For a terminal: what differs first, with entries and arithmetic; what agrees in one line each."""
-    lines = [f"{report.title}", f"{_counts(report)}", "", ABOUT]
+    lines = [report.title, _counts(report), "", ABOUT]
+    told: set[tuple[str, ...]] = set()
     for section, heading in HEADINGS.items():
         found = report.of(section)
-        if not found:
-            continue
-        lines += ["", f"{heading} ({len(found)})", "-" * (len(heading) + len(str(len(found))) + 3)]
+        if found:
+            lines += ["", f"== {heading} ({len(found)})", ""]
         for finding in found:
-            lines += _text(finding, brief=section == "agrees")
+            lines.append(f"* {finding.where}: {finding.sentence}")
+            if section != "agrees":
+                lines += [f"    {name}: {text}" for name, text in _details(finding, told)]
     if report.claims:
-        lines += ["", f"Statements ({len(report.claims)})", "-" * 15]
+        lines += ["", f"== Statements ({len(report.claims)})", ""]
         lines += [f"* {claim.id}: {claim.verdict}. {claim.reason}" for claim in report.claims]
     return "\n".join(lines) + "\n"
 
 
 def _counts(report: Report) -> str:
     counts = report.counts
-    found = ", ".join(f"{count} {HEADINGS[section].lower()}" for section, count in counts.items() if section != "agrees")
+    found = ", ".join(
+        f"{count} {HEADINGS[section].lower()}" for section, count in counts.items() if section != "agrees"
+    )
     claims = "; ".join(f"{count} {verdict}" for verdict, count in report.verdicts.items())
     return f"{found}; {counts['agrees']} checks agree. {len(report.claims)} statements: {claims or 'none declared'}."
-
-
-def _text(finding: Finding, brief: bool) -> Iterator[str]:
-    yield f"* {finding.where}: {finding.sentence}"
-    if brief:
-        return
-    if finding.arithmetic:
-        yield f"    arithmetic: {finding.arithmetic}"
-    yield from (f"    entry: {entry}" for entry in finding.entries)
-    yield from (f"    possible explanation: {text}" for text in finding.explanations)
 
 
 def to_markdown(report: Report) -> str:
     """To read beside the tables."""
     lines = [f"# Audit of the printed entries: {report.title}", "", _counts(report), "", ABOUT]
+    told: set[tuple[str, ...]] = set()
     for section, heading in HEADINGS.items():
         found = report.of(section)
-        if not found:
-            continue
-        lines += ["", f"## {heading}", ""]
+        if found:
+            lines += ["", f"## {heading}", ""]
         for finding in found:
-            lines += [f"- **{_escape(finding.where)}** ({finding.check}): {_escape(finding.sentence)}"]
+            lines.append(f"- **{_escape(finding.where)}** ({finding.check}): {_escape(finding.sentence)}")
             if section != "agrees":
-                lines += _details(finding)
+                lines += [f"  - {name}: {_escape(text)}" for name, text in _details(finding, told)]
     if report.claims:
         lines += ["", "## Statements", "", "| id | where | statement | the paper's own entries | values |"]
         lines += ["|---|---|---|---|---|"]
@@ -156,13 +150,15 @@ def to_markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _details(finding: Finding) -> Iterator[str]:
+def _details(finding: Finding, told: set[tuple[str, ...]]) -> Iterator[tuple[str, str]]:
+    """Name and text of what stands behind a finding; a list of explanations is told once."""
     if finding.arithmetic:
-        yield f"  - arithmetic: `{finding.arithmetic}`"
+        yield "arithmetic", finding.arithmetic
     if finding.entries:
-        yield f"  - entries: {_escape('; '.join(finding.entries))}"
-    if finding.explanations:
-        yield f"  - possible explanations: {_escape('; '.join(finding.explanations))}"
+        yield "entries", "; ".join(finding.entries)
+    if finding.explanations and finding.explanations not in told:
+        told.add(finding.explanations)
+        yield "possible explanations", "; ".join(finding.explanations)
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -142,9 +142,7 @@ def _repeat(
         "differs",
         "inconsistency" if identical else "notice",
         f"{alike} under different names; {expected:.1g} such pairs are expected among unrelated rows",
-        tuple(
-            f"{c}: {a[c].text} and {b[c].text}, difference {a[c].number - b[c].number:.2f}" for c in shared
-        ),
+        tuple(f"{c}: {a[c].text} and {b[c].text}, difference {a[c].number - b[c].number:.2f}" for c in shared),
         "pairs compared × binomial tail, a whole difference once in 100",
         REPEAT_EXPLANATIONS if identical else WHOLE_EXPLANATIONS,
     )

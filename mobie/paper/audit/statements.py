@@ -113,7 +113,7 @@ def _verdict(claim: doc.Claim, outcomes: Sequence[Outcome]) -> tuple[Verdict, do
     if claim.require == "all" and not failing:
         return "supported by the entries", "info"
     if firm and (claim.require == "all" or len(firm) == len(outcomes)):
-        return "contradicted by the paper's own entries", "inconsistency"
+        return "contradicted by the paper's own entries", claim.severity
     return "not checkable", "notice"
 
 
@@ -215,21 +215,21 @@ def _rank(paper: Paper, rank: doc.Rank) -> Iterator[Case]:
 def _place(
     table: Table, rows: Sequence[Row], own: Row, column: str, place: int, group: tuple[str, ...]
 ) -> Iterator[Case]:
-    """The place of a row by the printed entries and, for an average with parts, by the means of the entries."""
+    """The place of a row by the printed entries; an average that holds it must hold it by the means of its parts too."""
     spec = table.columns[column]
     label = ", ".join([*group, column])
     printed = [(row, row[column].value) for row in rows if row[column].value is not None]
-    yield _placed(own, printed, spec.better, place, label)
-    if spec.parts and set(spec.parts) <= set(table.columns):
+    case = _placed(own, printed, spec.better, place, label)
+    yield case
+    if case.holds and spec.parts and set(spec.parts) <= set(table.columns):
         means = [(row, recomputed(row, spec.parts)) for row, _ in printed]
+        # only a difference is worth a case of its own
         by_means = _placed(own, means, spec.better, place, f"{label}, means of the entries")
         if not by_means.holds:
             yield by_means
 
 
-def _placed(
-    own: Row, values: Sequence[tuple[Row, float | None]], better: str | None, place: int, label: str
-) -> Case:
+def _placed(own: Row, values: Sequence[tuple[Row, float | None]], better: str | None, place: int, label: str) -> Case:
     """Place of a row; a tie does not push it down."""
     numbers = [(row, value) for row, value in values if value is not None]
     mine = next((value for row, value in numbers if row is own), None)
@@ -238,7 +238,9 @@ def _placed(
     sign = 1 if better == "higher" else -1
     ahead = [(row, value) for row, value in numbers if sign * (value - mine) > EPSILON]
     others = ", ".join(f"{row.label} {value:.2f}" for row, value in ahead)
-    gives = f"{own.label} {mine:.2f} is in place {len(ahead) + 1} of {len(numbers)}" + (f" after {others}" if ahead else "")
+    gives = f"{own.label} {mine:.2f} is in place {len(ahead) + 1} of {len(numbers)}" + (
+        f" after {others}" if ahead else ""
+    )
     entries = tuple(f"{row.label} {value:.2f}" for row, value in ahead)
     return Case(label, len(ahead) + 1 == place, gives, "", entries)
 
