@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mobie.calibration.capture import pool
-from mobie.calibration.gradients import pool_channels
+from mobie.calibration.pooling import pool, pool_channels
 from mobie.errors import DataError
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
 from mobie.packing.base import Packed

@@ -17,8 +17,8 @@ from mobie.calibration.capture import (
     TokenWeights,
     blend_with_pool,
     observe_experts,
-    pool,
 )
+from mobie.calibration.pooling import pool
 from mobie.methods.base import BankStats, LinearStats
 from mobie.models.base import ARCHITECTURES, Adapter
 

@@ -14,7 +14,8 @@ from tiny import EXPERTS, HIDDEN, TOP_K, WIDTH, make_model, random_tokens
 from torch import Tensor, nn
 
 from mobie.calibration.capture import TokenWeights
-from mobie.calibration.gradients import load_token_weights, pool_channels, save_token_weights, token_weights
+from mobie.calibration.gradients import load_token_weights, save_token_weights, token_weights
+from mobie.calibration.pooling import pool_channels
 from mobie.errors import DataError, StorageError
 from mobie.methods.base import ExpertBank
 from mobie.models.base import ARCHITECTURES, Adapter

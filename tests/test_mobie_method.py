@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mobie.calibration.gradients import pool_channels
+from mobie.calibration.pooling import pool_channels
 from mobie.config import config_names, load_method
 from mobie.errors import ConfigError, DataError, UnsupportedError
 from mobie.methods.base import BankStats, ExpertBank, LinearStats

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from mobie.calibration.pooling import SAMPLE_ROWS, pool
 from mobie.methods.base import BankStats, LinearStats
 
 EXPERTS_FUNCTION = "mobie_observed"
-SAMPLE_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -309,22 +309,6 @@ def _add_weighted(grams: Tensor, x: Tensor, token_weights: Tensor) -> None:
     x = x.detach().float()
     for gram, w in zip(grams, token_weights.T, strict=True):
         gram += (x * w[:, None]).T @ x
-
-
-def pool(stats: list[LinearStats]) -> LinearStats:
-    """Statistics over the union of the rows of several experts (a token counts once per expert it goes to)."""
-    total = max(1, sum(s.tokens for s in stats))
-
-    def mean(values: list[Tensor]) -> Tensor:
-        return sum(v * (s.tokens / total) for v, s in zip(values, stats, strict=True))
-
-    per_expert = max(1, SAMPLE_ROWS // len(stats))
-    return LinearStats(
-        mean([s.hessian for s in stats]),
-        sum(s.tokens for s in stats),
-        mean([s.mean_abs for s in stats]),
-        torch.cat([s.sample[:per_expert] for s in stats]),
-    )
 
 
 def blend_with_pool(stats: BankStats) -> tuple[BankStats, dict[str, list[int]]]:

@@ -15,18 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mobie.calibration.capture import TokenWeights, observe_experts
+from mobie.calibration.pooling import pool_channels
 from mobie.methods.base import Method
 from mobie.models.base import Adapter
 from mobie.packing.checkpoint import read_tensors, save_tensors
-
-
-def pool_channels(gradient: Tensor, groups: int) -> Tensor:
-    """Mean square over `groups` contiguous channel groups: `(rows, channels)` → `(rows, groups)`.
-
-    Groups differ by at most one channel where `channels` is no multiple of `groups`.
-    """
-    parts = gradient.float().square().tensor_split(groups, dim=1)
-    return torch.stack([part.mean(1) for part in parts], dim=1)
 
 
 class _LayerGradients:

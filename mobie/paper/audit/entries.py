@@ -14,13 +14,14 @@ from mobie.paper.audit.tables import Paper, Row, Table
 EPSILON = 1e-9  # of floating-point arithmetic on two-decimal numbers
 FAR_BELOW_CHANCE = 4.0  # standard errors
 ABOVE_REFERENCE = 2.0  # standard errors
+UNINFORMATIVE = 0.95  # share of all numbers that pass a check
 
 FRACTION_EXPLANATIONS = (
     "another number of items (a subset, a cleaned version of the task, another split)",
     "a mean over several runs, prompts or samples per item",
     "a mean over subtasks instead of over items",
     "a number taken over from a source with another protocol",
-    "a truncated instead of a rounded number, or a slip of the pen",
+    "a truncated instead of a rounded number, or a typing error",
 )
 CHANCE_EXPLANATIONS = (
     "answers were generated and compared as text, so that an answer of the wrong form counts as wrong",
@@ -107,11 +108,16 @@ def check_fractions(paper: Paper) -> Iterator[Finding]:
 
 
 def _fractions(table: Table, name: str, items: int, rows: Sequence[Row]) -> Finding:
+    where = f"{table.where}, {name}"
     half = max(row[name].half for row in rows)
     impossible = [row for row in rows if not possible_fraction(row[name], items)]
     possible = len(rows) - len(impossible)
     chance = chance_of_passing(items, half)
-    where = f"{table.where}, {name}"
+    if chance > UNINFORMATIVE:
+        sentence = (
+            f"{100 * chance:.0f} % of all numbers are a fraction of {items} items, so that the check says nothing"
+        )
+        return Finding("fraction", where, "not checkable", "info", sentence)
     rate = (
         f"{possible} of {len(rows)} entries are a fraction of {items} items; "
         f"of unrelated numbers {100 * chance:.1f} % are, which would be {chance * len(rows):.1f} of {len(rows)}"
@@ -166,7 +172,7 @@ def _below_chance(table: Table, name: str, column: Column) -> Iterator[Finding]:
         where,
         "differs",
         "notice",
-        f"{len(low)} entries are below the chance level {column.chance:g} by more than {FAR_BELOW_CHANCE:g} standard errors",
+        f"{len(low)} entries are more than {FAR_BELOW_CHANCE:g} standard errors below chance ({column.chance:g})",
         tuple(f"{row.label} {row[name].text}" for row in low),
         f"standard error at {column.chance:g} % of {column.items} items: {error:.2f}; limit {limit:.2f}",
         CHANCE_EXPLANATIONS,
@@ -183,18 +189,21 @@ def check_reference(paper: Paper) -> Iterator[Finding]:
 def _above_reference(table: Table) -> Iterator[Finding]:
     references = [row for row in table.rows if row.matches(table.spec.reference)]
     group = [column for column in table.spec.key if column not in table.spec.reference][0]
-    above = []
+    above, compared = [], 0
     for reference in references:
         others = [row for row in table.rows if row[group].text == reference[group].text and row is not reference]
         for name in table.with_role("accuracy"):
             for row in others:
                 excess = _excess(row[name], reference[name], table.columns[name].items)
+                compared += excess is not None
                 if excess is not None and excess > ABOVE_REFERENCE:
                     shown = f"{row.label}, {name} {row[name].text}, reference {reference[name].text}"
                     above.append(f"{shown} ({excess:.1f} standard errors)")
     where = f"{table.where}, rows of the reference"
+    if not compared:
+        return
     if not above:
-        sentence = f"no entry is above its reference by more than {ABOVE_REFERENCE:g} standard errors"
+        sentence = f"none of {compared} entries is above its reference by more than {ABOVE_REFERENCE:g} standard errors"
         yield Finding("reference", where, "agrees", "info", sentence)
         return
     yield Finding(
@@ -202,7 +211,7 @@ def _above_reference(table: Table) -> Iterator[Finding]:
         where,
         "differs",
         "notice",
-        f"{len(above)} entries are above their full-precision reference by more than {ABOVE_REFERENCE:g} standard errors",
+        f"{len(above)} of {compared} entries are more than {ABOVE_REFERENCE:g} standard errors above their reference",
         tuple(above),
         "difference / sqrt(p(1-p)/n + q(1-q)/n); the same items in both rows would make it smaller",
         REFERENCE_EXPLANATIONS,

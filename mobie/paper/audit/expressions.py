@@ -34,7 +34,7 @@ FUNCTIONS: dict[str, Callable[..., float]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A printed number: `value` ± `half`, half a unit of its last digit. `value` is None where the text is no number."""
+    """A printed number: `value` (None where the text is no number) ± `half`, half a unit of its last digit."""
 
     text: str
     value: float | None

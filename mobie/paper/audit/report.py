@@ -20,8 +20,8 @@ HEADINGS: dict[str, str] = {
     "agrees": "What agrees",
 }
 ABOUT = (
-    "Every finding is arithmetic over the printed entries, within their rounding. It says what the entries give and what is "
-    "printed; it does not say which of them is meant, nor why they differ."
+    "Every finding is arithmetic over the printed entries, within their rounding. It says what the entries give and "
+    "what is printed; it does not say which of them is meant, nor why they differ."
 )
 
 
@@ -51,13 +51,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """A statement of the paper and what the paper's own entries say about it."""
+    """A statement of the paper, and what the paper's own entries say about it."""
 
     id: str
     where: tuple[str, ...]
     claim: str
     quote: str
     verdict: Verdict
+    reading: str  # which reading holds where another does not, else empty
     reason: str
     tolerance: str
     needs: tuple[str, ...]
@@ -94,7 +95,7 @@ class Report:
             "source": self.source,
             "counts": self.counts,
             "verdicts": self.verdicts,
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [{**asdict(finding), "section": finding.section} for finding in self.findings],
             "claims": [asdict(claim) for claim in self.claims],
         }
 
@@ -118,8 +119,14 @@ def to_text(report: Report) -> str:
                 lines += [f"    {name}: {text}" for name, text in _details(finding, told)]
     if report.claims:
         lines += ["", f"== Statements ({len(report.claims)})", ""]
-        lines += [f"* {claim.id}: {claim.verdict}. {claim.reason}" for claim in report.claims]
+        lines += [f"* {claim.id}: {claim.verdict}{_why(claim)}" for claim in report.claims]
     return "\n".join(lines) + "\n"
+
+
+def _why(claim: ClaimResult) -> str:
+    """The reading, or the reason where no finding above has told it."""
+    told = claim.reason if claim.verdict == "not checkable" else claim.reading
+    return f" ({told})" if told else ""
 
 
 def _counts(report: Report) -> str:
@@ -146,8 +153,12 @@ def to_markdown(report: Report) -> str:
     if report.claims:
         lines += ["", "## Statements", "", "| id | where | statement | the paper's own entries | values |"]
         lines += ["|---|---|---|---|---|"]
-        lines += [_row([c.id, ", ".join(c.where), c.claim, c.verdict, c.reason]) for c in report.claims]
+        lines += [_row([c.id, ", ".join(c.where), c.claim, _verdict(c), c.reason]) for c in report.claims]
     return "\n".join(lines) + "\n"
+
+
+def _verdict(claim: ClaimResult) -> str:
+    return f"{claim.verdict} ({claim.reading})" if claim.reading else claim.verdict
 
 
 def _details(finding: Finding, told: set[tuple[str, ...]]) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,6 @@ from mobie.paper.audit.entries import EPSILON
 from mobie.paper.audit.report import Finding
 from mobie.paper.audit.tables import Paper, Row, Table
 
-UNRELATED = 0.01  # of two unrelated two-decimal numbers: that their difference is whole
 FEWEST_COLUMNS = 3
 EXPECTED_AT_MOST = 0.01  # pairs of rows that would agree as much if all entries were unrelated
 
@@ -21,9 +20,9 @@ REPEAT_EXPLANATIONS = (
 )
 WHOLE_EXPLANATIONS = (
     "coincidence: the rate is that of unrelated entries, and many pairs are compared",
-    "a row edited from another one when a table was laid out",
+    "a row used as the template of another one when a table was laid out",
 )
-TWO_TABLES_EXPLANATIONS = ("another run or setting in one of the tables", "a slip of the pen")
+TWO_TABLES_EXPLANATIONS = ("another run or setting in one of the tables", "a typing error")
 
 
 def check_same_rows(paper: Paper) -> Iterator[Finding]:
@@ -71,8 +70,8 @@ def _same_rows(paper: Paper, first: Table, second: Table) -> Iterator[Finding]:
 def check_repeats(paper: Paper) -> Iterator[Finding]:
     """Rows under different names whose accuracies are equal, or differ by whole numbers, more often than chance.
 
-    The difference of two unrelated entries of two decimals is whole once in 100 times (oftener where the item count
-    allows few decimals). Reported are pairs so much alike that fewer than `EXPECTED_AT_MOST` are expected among all
+    The difference of two unrelated entries of two decimals is whole once in 100 times (more often where the item count
+    allows few of them). Reported are pairs so much alike that fewer than `EXPECTED_AT_MOST` are expected among all
     pairs of the paper.
     """
     rows = [(table, row) for table in paper.results for row in table.rows if len(table.with_role("accuracy")) > 2]
@@ -84,7 +83,7 @@ def check_repeats(paper: Paper) -> Iterator[Finding]:
     found = 0
     for (table_a, a), (table_b, b), shared in pairs:
         whole = [column for column in shared if _is_whole(a[column].number - b[column].number)]
-        expected = len(pairs) * _tail([_rate(table_a, column) for column in shared], len(whole))
+        expected = len(pairs) * _tail([_rate(table_a, a, column) for column in shared], len(whole))
         if expected <= EXPECTED_AT_MOST:
             found += 1
             yield _repeat(table_a, a, table_b, b, shared, whole, expected)
@@ -111,10 +110,11 @@ def _is_whole(difference: float) -> bool:
     return abs(difference - round(difference)) < EPSILON
 
 
-def _rate(table: Table, column: str) -> float:
-    """How often two unrelated accuracies differ by a whole number: those of n items step by 100/n."""
+def _rate(table: Table, row: Row, column: str) -> float:
+    """How often two unrelated accuracies differ by a whole number: they step by their last digit, or by 100/items."""
     items = table.columns[column].items
-    return UNRELATED if items is None else max(UNRELATED, math.gcd(items, 100) / items)
+    last_digit = 2 * row[column].half
+    return last_digit if items is None else max(last_digit, math.gcd(items, 100) / items)
 
 
 def _tail(rates: Sequence[float], count: int) -> float:
@@ -143,6 +143,6 @@ def _repeat(
         "inconsistency" if identical else "notice",
         f"{alike} under different names; {expected:.1g} such pairs are expected among unrelated rows",
         tuple(f"{c}: {a[c].text} and {b[c].text}, difference {a[c].number - b[c].number:.2f}" for c in shared),
-        "pairs compared × binomial tail, a whole difference once in 100",
+        "pairs compared × binomial tail; of two decimals, a difference is whole once in 100",
         REPEAT_EXPLANATIONS if identical else WHOLE_EXPLANATIONS,
     )

@@ -58,9 +58,10 @@ class Outcome:
 
 
 def judge_claims(paper: Paper) -> tuple[list[Finding], list[ClaimResult]]:
-    """A finding and a verdict for each statement."""
+    """A verdict for each statement, and a finding for each that has a check."""
     pairs = [_judge(paper, claim) for claim in paper.document.claims]
-    return [finding for finding, _ in pairs], [result for _, result in pairs]
+    findings = [finding for claim, (finding, _) in zip(paper.document.claims, pairs, strict=True) if claim.checks]
+    return findings, [result for _, result in pairs]
 
 
 def _judge(paper: Paper, claim: doc.Claim) -> tuple[Finding, ClaimResult]:
@@ -69,7 +70,8 @@ def _judge(paper: Paper, claim: doc.Claim) -> tuple[Finding, ClaimResult]:
     except ConfigError as error:
         raise ConfigError(f"{doc.FILE}: claim {claim.id}: {error}") from error
     verdict, severity = _verdict(claim, outcomes)
-    rest = [f"not checkable: {claim.not_checkable}"] if claim.not_checkable else []
+    told = "not checkable further: " if outcomes else ""
+    rest = [f"{told}{claim.not_checkable}"] if claim.not_checkable else []
     reason = ". ".join([*(_told(outcome) for outcome in outcomes), *rest])
     failing = [case for outcome in outcomes for case in outcome.failing]
     cases = failing or [case for outcome in outcomes for case in outcome.cases]
@@ -89,6 +91,7 @@ def _judge(paper: Paper, claim: doc.Claim) -> tuple[Finding, ClaimResult]:
         claim.claim,
         claim.quote,
         verdict,
+        _reading(claim, outcomes),
         reason,
         claim.tolerance,
         tuple(claim.needs),
@@ -100,6 +103,15 @@ def _told(outcome: Outcome) -> str:
     if outcome.check.assumes is None:
         return outcome.sentence
     return f"{outcome.sentence} (supposing that {outcome.check.assumes})"
+
+
+def _reading(claim: doc.Claim, outcomes: Sequence[Outcome]) -> str:
+    """Which readings of a statement hold, where not all do."""
+    holding = [outcome.check.name for outcome in outcomes if outcome.holds]
+    failing = [outcome.check.name for outcome in outcomes if not outcome.holds]
+    if claim.require == "all" or not holding or not failing:
+        return ""
+    return f"read as: {', '.join(holding)}; not as: {', '.join(failing)}"
 
 
 def _verdict(claim: doc.Claim, outcomes: Sequence[Outcome]) -> tuple[Verdict, doc.Severity]:
@@ -215,7 +227,7 @@ def _rank(paper: Paper, rank: doc.Rank) -> Iterator[Case]:
 def _place(
     table: Table, rows: Sequence[Row], own: Row, column: str, place: int, group: tuple[str, ...]
 ) -> Iterator[Case]:
-    """The place of a row by the printed entries; an average that holds it must hold it by the means of its parts too."""
+    """The place of a row by the printed entries, and that of an average by the means of its parts too."""
     spec = table.columns[column]
     label = ", ".join([*group, column])
     printed = [(row, row[column].value) for row in rows if row[column].value is not None]
@@ -237,11 +249,11 @@ def _placed(own: Row, values: Sequence[tuple[Row, float | None]], better: str | 
         raise ConfigError(f"{label}: {own.label} has no number, or the column no direction (better: higher or lower)")
     sign = 1 if better == "higher" else -1
     ahead = [(row, value) for row, value in numbers if sign * (value - mine) > EPSILON]
-    others = ", ".join(f"{row.label} {value:.2f}" for row, value in ahead)
-    gives = f"{own.label} {mine:.2f} is in place {len(ahead) + 1} of {len(numbers)}" + (
+    others = ", ".join(f"{row.label} ({value:.2f})" for row, value in ahead)
+    gives = f"{own.label} ({mine:.2f}) is in place {len(ahead) + 1} of {len(numbers)}" + (
         f" after {others}" if ahead else ""
     )
-    entries = tuple(f"{row.label} {value:.2f}" for row, value in ahead)
+    entries = tuple(f"{row.label}: {value:.2f}" for row, value in [(own, mine), *ahead])
     return Case(label, len(ahead) + 1 == place, gives, "", entries)
 
 
