@@ -2,6 +2,7 @@
 from mobie.paths import PACKAGE
 from mobie.provenance import code_hash, file_hash
 
+
 localrules:
     audit,
 
@@ -17,6 +18,6 @@ rule audit:
         PATHS.log("audit"),
     threads: 1
     params:
-        stale=digest([code_hash(["mobie.paper.audit"]), [file_hash(path) for path in PAPER_FILES]]),
+        stale=digest([code_hash(["mobie.paper.audit.command"]), [file_hash(path) for path in PAPER_FILES]]),
     shell:
         "{MOBIE} audit --save {output[0]} --save {output[1]} > {log} 2>&1"

@@ -9,7 +9,7 @@ import click
 from mobie.errors import ConfigError
 
 
-@click.command(name="audit")
+@click.command(name="audit", short_help="Check a paper's printed numbers against each other. Needs no model.")
 @click.argument("folder", required=False, type=click.Path(path_type=Path, file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option(

@@ -160,11 +160,10 @@ def _below_chance(table: Table, name: str, column: Column) -> Iterator[Finding]:
     error = standard_error(column.chance, column.items)
     limit = column.chance - FAR_BELOW_CHANCE * error
     low = [row for row in table.rows if row[name].value is not None and row[name].number < limit]
+    far = f"more than {FAR_BELOW_CHANCE:g} standard errors below the {column.chance:g} of guessing"
     where = f"{table.where}, {name}"
     if not low:
-        sentence = (
-            f"no entry is below the chance level {column.chance:g} by more than {FAR_BELOW_CHANCE:g} standard errors"
-        )
+        sentence = f"no entry is {far}"
         yield Finding("chance", where, "agrees", "info", sentence)
         return
     yield Finding(
@@ -172,7 +171,7 @@ def _below_chance(table: Table, name: str, column: Column) -> Iterator[Finding]:
         where,
         "differs",
         "notice",
-        f"{len(low)} entries are more than {FAR_BELOW_CHANCE:g} standard errors below chance ({column.chance:g})",
+        f"{len(low)} of {len(table.rows)} entries are {far}",
         tuple(f"{row.label} {row[name].text}" for row in low),
         f"standard error at {column.chance:g} % of {column.items} items: {error:.2f}; limit {limit:.2f}",
         CHANCE_EXPLANATIONS,
@@ -188,10 +187,11 @@ def check_reference(paper: Paper) -> Iterator[Finding]:
 
 def _above_reference(table: Table) -> Iterator[Finding]:
     references = [row for row in table.rows if row.matches(table.spec.reference)]
-    group = [column for column in table.spec.key if column not in table.spec.reference][0]
+    group = [column for column in table.spec.key if column not in table.spec.reference][:1]
     above, compared = [], 0
     for reference in references:
-        others = [row for row in table.rows if row[group].text == reference[group].text and row is not reference]
+        same_group = {column: reference[column].text for column in group}
+        others = [row for row in table.rows if row.matches(same_group) and row is not reference]
         for name in table.with_role("accuracy"):
             for row in others:
                 excess = _excess(row[name], reference[name], table.columns[name].items)
@@ -211,7 +211,7 @@ def _above_reference(table: Table) -> Iterator[Finding]:
         where,
         "differs",
         "notice",
-        f"{len(above)} of {compared} entries are more than {ABOVE_REFERENCE:g} standard errors above their reference",
+        f"{len(above)} of {compared} entries lie more than {ABOVE_REFERENCE:g} standard errors above their reference",
         tuple(above),
         "difference / sqrt(p(1-p)/n + q(1-q)/n); the same items in both rows would make it smaller",
         REFERENCE_EXPLANATIONS,

@@ -132,13 +132,17 @@ def _value(node: ast.expr, names: Mapping[str, float | tuple[float, ...]], expre
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_value(operand, names, expression)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            try:
-                return OPERATORS[type(op)](_value(left, names, expression), _value(right, names, expression))
-            except ZeroDivisionError as error:
-                raise ConfigError(f"{expression!r}: division by zero") from error
+            return _combine(OPERATORS[type(op)], _value(left, names, expression), _value(right, names, expression))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
             return _call(name, args, names, expression)
     raise ConfigError(f"{expression!r}: {ast.unparse(node)!r} is not understood; expected numbers, names, + - * / **")
+
+
+def _combine(operation: Callable[[float, float], float], left: float, right: float) -> float:
+    try:
+        return float(operation(left, right))
+    except (ArithmeticError, TypeError) as error:  # TypeError: a root of a negative number
+        raise ConfigError(f"{left:g} and {right:g}: {operation.__name__} gives no number ({error})") from error
 
 
 def _call(name: str, args: list[ast.expr], names: Mapping[str, float | tuple[float, ...]], expression: str) -> float:
@@ -150,7 +154,10 @@ def _call(name: str, args: list[ast.expr], names: Mapping[str, float | tuple[flo
             values.append(_value(arg, names, expression))
     if name not in FUNCTIONS:
         raise ConfigError(f"{expression!r}: {unknown_name('function', name, FUNCTIONS)}")
-    return float(FUNCTIONS[name](*values))
+    try:
+        return float(FUNCTIONS[name](*values))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{expression!r}: {name}() of {len(values)} values: {error}") from error
 
 
 def _lookup(name: str, names: Mapping[str, float | tuple[float, ...]], expression: str) -> float | tuple[float, ...]:

@@ -16,7 +16,11 @@ def check_formulas(paper: Paper) -> Iterator[Finding]:
     """Every printed number of a formula: which readings give it, and what the others give."""
     for formula in paper.document.formulas:
         for reference in formula.printed:
-            yield _compare(paper, formula, reference)
+            try:
+                finding = _compare(paper, formula, reference)
+            except ConfigError as error:
+                raise ConfigError(f"{doc.FILE}: formula {formula.name}: {error}") from error
+            yield finding
 
 
 def _compare(paper: Paper, formula: doc.Formula, reference: str) -> Finding:
@@ -41,13 +45,13 @@ def find_facts(paper: Paper, formula: doc.Formula, row: Row) -> Row:
     """The row of facts about the thing that a row of results names. Raises `ConfigError` where there is none."""
     table = paper.table(formula.facts)
     if formula.join not in table.columns or formula.join not in row.entries:
-        raise ConfigError(f"formula {formula.name!r}: no column {formula.join!r} in {formula.facts} or {row.table}")
+        raise ConfigError(f"no column {formula.join!r} in {formula.facts} or {row.table} (`join`)")
     wanted = paper.same_name(row[formula.join].text)
     for facts in table.rows:
         if paper.same_name(facts[formula.join].text) == wanted:
             return facts
     known = [facts[formula.join].text for facts in table.rows]
-    raise ConfigError(f"formula {formula.name!r}: {unknown_name(formula.join, wanted, known)} (names in {doc.FILE})")
+    raise ConfigError(f"{unknown_name(formula.join, wanted, known)} (rows of {formula.facts}; other names in `names`)")
 
 
 def formula_value(formula: doc.Formula, reading: doc.Reading, facts: Row) -> float:

@@ -88,7 +88,9 @@ def check_repeats(paper: Paper) -> Iterator[Finding]:
             found += 1
             yield _repeat(table_a, a, table_b, b, shared, whole, expected)
     if pairs:
-        sentence = f"{len(pairs)} pairs of rows under different names compared, {found} are alike beyond chance"
+        sentence = (
+            f"{len(pairs) - found} of {len(pairs)} pairs of rows under different names are no more alike than chance"
+        )
         yield Finding("repeated row", "all tables", "agrees", "info", sentence)
 
 

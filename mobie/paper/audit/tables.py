@@ -65,6 +65,8 @@ class Table:
 
     def find(self, wanted: Sequence[str]) -> list[Row]:
         """Rows whose first key values are `wanted`, `*` standing for any."""
+        if len(wanted) > len(self.spec.key):
+            return []
         return [row for row in self.rows if all(w in (EVERY, k) for w, k in zip(wanted, row.key, strict=False))]
 
 
