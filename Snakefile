@@ -2,6 +2,7 @@
 #
 #   snakemake --cores all results/table2.csv                        the embedded model, any machine
 #   snakemake --cores all --config suite=paper results/table2.csv   the paper's models, GPU and hub
+#   snakemake --cores 1 results/audit.md                            the paper's tables against each other
 #   snakemake -n                                                    what would run
 #   snakemake --cores all train_nano                                train the embedded model again (hours)
 #
@@ -15,6 +16,7 @@ include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/score.smk"
 include: "workflow/rules/tables.smk"
+include: "workflow/rules/audit.smk"
 
 
 rule all:

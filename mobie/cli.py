@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mobie.errors import MobieError
+from mobie.paper.audit.command import audit_command
 
 if TYPE_CHECKING:
     from mobie.jobs.keys import Keys
@@ -361,3 +362,6 @@ def schema_command() -> None:
         path = layout.schemas / f"{name}.schema.json"
         write_text(path, text)
         click.echo(path)
+
+
+main.add_command(audit_command)

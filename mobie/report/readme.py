@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mobie.config import load_suite
 from mobie.errors import DataError
-from mobie.paths import Layout, embedded_model
+from mobie.paths import PACKAGE, Layout, embedded_model
 from mobie.records import read_record
 from mobie.storage import write_text
 
@@ -89,7 +89,18 @@ def _nano(layout: Layout) -> str:
     return markdown_table(["nano-OLMoE", ""], rows)
 
 
+def _audit(layout: Layout) -> str:
+    """Counts and the inconsistencies of the paper's own entries."""
+    from mobie.paper.audit import audit
+
+    report = audit(PACKAGE / "paper")
+    counts = [[name, str(count)] for name, count in (*report.counts.items(), *report.verdicts.items())]
+    found = [f"- {f.where}: {f.sentence}" for f in report.findings if f.section == "inconsistency"]
+    return markdown_table(["audit", "count"], counts) + "\n" + "\n".join(found) + "\n"
+
+
 PARTS: dict[str, Callable[[Layout], str]] = {
+    "audit": _audit,
     "nano": _nano,
     "quantize-cpu": _quantize_cpu,
     "table2": _table2,

@@ -1,0 +1,59 @@
+"""The README: its generated parts are known, filled from results, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mobie.cli import main
+from mobie.config import default_layout
+from mobie.errors import DataError
+from mobie.paths import Layout
+from mobie.report.readme import PART, PARTS, fill_readme, markdown_table
+
+README = (default_layout().root / "README.md").read_text()
+
+
+def test_every_generated_part_stands_in_the_readme_and_is_filled() -> None:
+    parts = {match["name"]: match[0] for match in PART.finditer(README)}
+    assert parts.keys() == PARTS.keys()
+    for name, text in parts.items():
+        assert text.count("\n|") >= 3, f"{name} holds no table: run `python -m mobie readme`"
+
+
+def test_parts_are_rewritten_and_the_rest_is_left(repository: Layout) -> None:
+    path = repository.root / "README.md"
+    path.write_text("before\n<!-- generated: audit -->\nold\n<!-- end -->\nafter\n")
+    assert fill_readme(repository) == ["audit"]
+    first = path.read_text()
+    assert first.startswith("before\n<!-- generated: audit -->\n") and first.endswith("<!-- end -->\nafter\n")
+    assert "old" not in first and "| audit | count |" in first
+    fill_readme(repository)
+    assert path.read_text() == first
+
+
+def test_missing_results_and_unknown_parts_are_named(repository: Layout) -> None:
+    path = repository.root / "README.md"
+    path.write_text("<!-- generated: table2 -->\n<!-- end -->\n")
+    with pytest.raises(DataError, match="table2.md: no such file, needed for the part 'table2'"):
+        fill_readme(repository)
+    path.write_text("<!-- generated: tabel2 -->\n<!-- end -->\n")
+    with pytest.raises(DataError, match="tabel2"):
+        fill_readme(repository)
+    assert path.read_text() == "<!-- generated: tabel2 -->\n<!-- end -->\n"
+
+
+def test_commands_of_the_readme_exist() -> None:
+    verbs = set(re.findall(r"python -m mobie ([a-z][a-z0-9-]*)", README))
+    assert len(verbs) >= 4
+    for verb in verbs:
+        assert CliRunner().invoke(main, [verb, "--help"]).exit_code == 0, verb
+    for path in re.findall(r"`((?:mobie|workflow|benchmarks)/[\w./-]+)`", README):
+        assert (default_layout().root / Path(path)).exists(), path
+
+
+def test_markdown_table_by_hand() -> None:
+    assert markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n| :-- | --: |\n| x | 1 |\n"
