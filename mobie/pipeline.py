@@ -9,11 +9,8 @@ killed reads it back instead of computing it, and ends with the same bytes.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +20,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mobie.calibration.capture import (
-    BlockShape,
     BlockStatistics,
     CalibrationPolicy,
     GuidedHessians,
     blend_with_pool,
-    observe_experts,
 )
 from mobie.calibration.gradients import load_token_weights, save_token_weights, token_weights
-from mobie.errors import DataError, UnsupportedError
+from mobie.calibration.stream import Stream, check_attention, enter_first_block
+from mobie.errors import DataError
 from mobie.methods.base import BankStats, LinearStats, Method
-from mobie.models.base import Adapter, require_finite
+from mobie.models.base import Adapter
+from mobie.models.load import kept_dtype, load_full_precision, model_type
 from mobie.packing.bank import split_gate_up
 from mobie.packing.base import BitLedger
 from mobie.packing.checkpoint import (
@@ -69,118 +66,6 @@ class QuantizeReport:
     file_bytes: int
     gradient_cpu_seconds: float | None
     blocks: list[dict[str, Any]]
-
-
-def load_full_precision(folder: Path) -> nn.Module:
-    """The library's model from a local folder, in float32 for computing.
-
-    Its experts run one after the other (`eager`), in the order of sums of the observed experts function: a block read
-    back after a kill must pass on the same hidden states, bit for bit, as the block that was observed.
-
-    Raises:
-        DataError: unreadable files, parameters missing, unexpected or of another shape, values that are not finite.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            experts_implementation="eager",
-            ignore_mismatched_sizes=True,  # they are refused below, with a message of our own
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError) as error:
-        raise DataError(
-            f"{folder}: the model's weights cannot be read ({error}); expected complete safetensors files and "
-            "config.json; delete the folder and fetch the model again"
-        ) from error
-    wrong = {
-        key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]
-    }
-    if wrong:
-        raise DataError(f"{folder}: {wrong}; expected exactly the model's own parameters; fetch the model again")
-    for name, parameter in model.named_parameters():
-        require_finite(name, parameter)
-    return model.eval()
-
-
-def _model_type(folder: Path) -> str:
-    """What `config.json` calls the architecture. Raises `DataError` where there is no such file or entry."""
-    path = folder / "config.json"
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: no readable model configuration ({error}); expected a JSON object with `model_type`; delete the "
-            "folder and fetch the model again"
-        ) from error
-
-
-def _check_attention(model: nn.Module) -> None:
-    """Refuse a model whose blocks do not all get the same attention mask: the first block's serves them all."""
-    kinds = sorted(set(getattr(model.config, "layer_types", None) or ()))
-    if len(kinds) > 1:
-        raise UnsupportedError(
-            f"blocks with different attention ({', '.join(kinds)}), expected one kind in all blocks; choose a model "
-            "without sliding windows in some of its blocks"
-        )
-
-
-def _first_block_inputs(
-    model: nn.Module, adapter: Adapter, batches: list[Tensor]
-) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Hidden states that enter the first block and the keyword arguments the library gives to every block."""
-    hidden, arguments = [], []
-
-    class Stop(Exception):  # noqa: N818 (control flow, not an error)
-        pass
-
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append(args[0] if args else kwargs.pop("hidden_states"))
-        arguments.append({k: v for k, v in kwargs.items() if k != "past_key_values"})
-        raise Stop
-
-    handle = adapter.blocks(model)[0].register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        for ids in batches:
-            try:
-                model(ids, use_cache=False)
-            except Stop:
-                continue
-    finally:
-        handle.remove()
-    return hidden, arguments
-
-
-class _Stream:
-    """Hidden states of all calibration batches at the entry of a block."""
-
-    def __init__(self, hidden: list[Tensor], arguments: list[dict[str, Any]]) -> None:
-        self.hidden = hidden
-        self.arguments = arguments
-
-    def outputs(self, block: nn.Module, after_batch: Callable[[int], None] = lambda tokens: None) -> Iterator[Tensor]:
-        for hidden, kwargs in zip(self.hidden, self.arguments, strict=True):
-            result = block(hidden, **kwargs)
-            after_batch(hidden.shape[0] * hidden.shape[1])
-            yield result[0] if isinstance(result, tuple) else result
-
-    def through(self, block: nn.Module) -> _Stream:
-        return _Stream(list(self.outputs(block)), self.arguments)
-
-    def observe(self, block: nn.Module, experts: nn.Module | None, config: object, observer: Any) -> _Stream:
-        """Let `observer` see the block at work; returns the stream behind the block."""
-        with ExitStack() as stack:
-            stack.enter_context(observer.watching())
-            stack.enter_context(observe_experts({experts: observer}, config) if experts is not None else nullcontext())
-            return _Stream(list(self.outputs(block, observer.next_batch)), self.arguments)
-
-    def shape(self, linear_groups: list[dict[str, nn.Module]], experts: nn.Module | None) -> BlockShape:
-        sequences, length = sum(map(len, self.hidden)), self.hidden[0].shape[1]
-        return BlockShape(linear_groups, experts, sequences, length, len(self.hidden))
 
 
 def _add_guided(linears: dict[str, LinearStats], guided: GuidedHessians) -> dict[str, LinearStats]:
@@ -278,14 +163,6 @@ def _gradients(
     return time.process_time() - began
 
 
-def _kept_dtype(model_folder: Path) -> torch.dtype:
-    """The 16-bit type of the model's files; bfloat16 for a model published in 32 bits."""
-    from transformers import AutoConfig
-
-    dtype = AutoConfig.from_pretrained(model_folder, local_files_only=True).dtype
-    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-
-
 def _save_kept(
     model: nn.Module, adapter: Adapter, method: Method, dtype: torch.dtype, folder: Path, fingerprint: str
 ) -> int:
@@ -343,15 +220,15 @@ def quantize(
         UnsupportedError: an architecture that no adapter describes.
         StorageError: the checkpoint cannot be written.
     """
-    adapter = Adapter(_model_type(model_folder))
+    adapter = Adapter(model_type(model_folder))
     model = load_full_precision(model_folder)
-    _check_attention(model)
+    check_attention(model)
     _check_calibration(calibration, model)
     loop = _Loop(model, adapter, method, policy, out, fingerprint)
     batches = list(calibration.split(BATCH_SEQUENCES))
     gradient_cpu_seconds = loop.take_gradients(batches, progress) if method.needs_gradients else None
     with torch.no_grad():
-        kept_bytes = _save_kept(model, adapter, method, _kept_dtype(model_folder), out, fingerprint)
+        kept_bytes = _save_kept(model, adapter, method, kept_dtype(model_folder), out, fingerprint)
         loop.enter(batches)
         blocks = adapter.blocks(model)
         reports = [loop.step(i, block) for i, block in enumerate(tqdm(blocks, "blocks", disable=not progress))]
@@ -373,8 +250,8 @@ class _Loop:
         self.work = out / "work"
         self.ledgers: dict[str, BitLedger] = {}
         self._fingerprint = fingerprint
-        self._stream = _Stream([], [])
-        self._full_stream: _Stream | None = None
+        self._stream = Stream([], [])
+        self._full_stream: Stream | None = None
 
     def take_gradients(self, batches: list[Tensor], progress: bool) -> float:
         """Fill `work` with token weights, unless every block is finished; returns the CPU seconds."""
@@ -384,7 +261,7 @@ class _Loop:
 
     def enter(self, batches: list[Tensor]) -> None:
         """Put the streams before the first block."""
-        self._stream = _Stream(*_first_block_inputs(self.model, self.adapter, batches))
+        self._stream = enter_first_block(self.model, self.adapter, batches)
         self._full_stream = self._stream if self.method.needs_gradients else None
 
     def step(self, index: int, block: nn.Module) -> dict[str, Any]:
@@ -405,13 +282,13 @@ class _Loop:
         path = block_path(self.out, index)
         return path.exists() and load_block(path).fingerprint == self._shard_fingerprint(index)
 
-    def _pass_by(self, block: nn.Module) -> _Stream:
+    def _pass_by(self, block: nn.Module) -> Stream:
         """A finished block: move the full-precision stream on, and the other one where it has full-precision inputs."""
         if self._full_stream is not None:
             self._full_stream = self._full_stream.through(block)
         return self._stream.through(block) if self.policy.inputs == "full_precision" else self._stream
 
-    def _quantize(self, index: int, block: nn.Module) -> _Stream:
+    def _quantize(self, index: int, block: nn.Module) -> Stream:
         """Gather statistics, quantize, write the shard; returns the stream behind the block as it was."""
         groups, experts = self.adapter.linear_groups(block), self.adapter.experts_module(block)
         guided = None

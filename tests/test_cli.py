@@ -65,7 +65,7 @@ def test_help_explains_every_verb_with_an_example_and_starts_without_torch(tmp_p
     shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     verbs = "fetch mirror train-nano calibrate quantize score-perplexity score-tasks score-routing table2 try"
-    assert set(main.commands) == {*verbs.split(), "methods", "readme", "schema"}
+    assert set(main.commands) == {*verbs.split(), "audit", "methods", "readme", "schema"}
     for name, verb in main.commands.items():
         assert f"\n  {name} " in shown.stdout
         assert f"python -m mobie {name}" in verb.help
