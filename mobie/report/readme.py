@@ -84,7 +84,7 @@ def _nano(layout: Layout) -> str:
         ["training tokens seen (distinct)", f"{figures['train_tokens_seen']:,} ({figures['train_tokens_unique']:,})"],
         ["training documents dropped for overlap with evaluated items", f"{sum(figures['dropped'].values()):,}"],
         ["perplexity on held-out text of the same kinds", f"{figures['heldout_perplexity']:.2f}"],
-        ["training hours (two CPU threads)", f"{figures['seconds'] / 3600:.1f}"],
+        ["training hours on a CPU", f"{figures['seconds'] / 3600:.1f}"],
     ]
     return markdown_table(["nano-OLMoE", ""], rows)
 
