@@ -198,6 +198,17 @@ def test_the_best_binary_method_is_bold_and_only_it(repository: Layout) -> None:
     assert markdown.count("**60.00**") == 2  # a tie; the baseline's equal value is not a binary method's
 
 
+def test_a_best_value_at_chance_is_not_bold(repository: Layout) -> None:
+    names = ("billm", "mobie")
+    set_rows(repository, *({"method": name} for name in names))
+    for name, accuracy in zip(names, (0.26, 0.24), strict=True):
+        score(repository, name, bits=1.1)
+        weak = [Measurement(f"arc_easy.{metric}", accuracy, 0.03, 200, 0.25) for metric in ("acc", "acc_norm")]
+        record(repository, name, "tasks", *weak)
+    _, _, markdown = build(repository)
+    assert "26.00 ± 3.00 †" in markdown and "**26.00**" not in markdown
+
+
 def test_rows_beside_the_paper_are_marked(repository: Layout) -> None:
     set_rows(repository, {"method": "gptq-w3"}, {"method": "gptq-w3-g128"})
     _, _, markdown = build(repository)

@@ -83,7 +83,7 @@ def _legend(suite: SuiteConfig) -> list[str]:
     metrics = ", ".join(f"{HEADINGS[task]} `{metric}`" for task, metric in TASK_METRICS.items())
     return [
         "Accuracies in per cent ± standard error. † not above chance by more than two standard errors. "
-        "**Bold**: best of the binary methods. * not a row of the paper's table.  ",
+        "**Bold**: best of the binary methods, where it is above chance. * not a row of the paper's table.  ",
         f"Metrics: {metrics}.  ",
         "Bits per quantized weight: by the paper's formula; codes only; every stored byte.",
     ]
@@ -109,7 +109,7 @@ def _cells(row: TableRow, columns: Sequence[str], best: Mapping[str, float], foo
         if cell.value is None:
             yield footnotes.mark(cell)
         else:
-            bold = row.binary and cell.value == best.get(column)
+            bold = row.binary and cell.value == best.get(column) and not cell.at_chance
             yield _show(cell, bold, 4 if column in FOUR_DIGITS else 2)
 
 
