@@ -96,7 +96,8 @@ def _audit(layout: Layout) -> str:
     report = audit(PACKAGE / "paper")
     counts = [[name, str(count)] for name, count in (*report.counts.items(), *report.verdicts.items())]
     found = [f"- {f.where}: {f.sentence}" for f in report.findings if f.section == "inconsistency"]
-    return markdown_table(["audit", "count"], counts) + "\n" + "\n".join(found) + "\n"
+    listing = "<details><summary>The inconsistencies, one by one</summary>\n\n" + "\n".join(found) + "\n\n</details>\n"
+    return markdown_table(["audit", "count"], counts) + "\n" + listing
 
 
 PARTS: dict[str, Callable[[Layout], str]] = {
