@@ -12,6 +12,7 @@ from torch import Tensor
 from mobie.calibration.pooling import pool_channels
 from mobie.config import config_names, load_method
 from mobie.errors import ConfigError, DataError, UnsupportedError
+from mobie.methods.arb import ARB
 from mobie.methods.base import BankStats, ExpertBank, LinearStats
 from mobie.methods.mobie import MoBiE
 from mobie.methods.mobie.cejd import joint_svd
@@ -27,6 +28,11 @@ VARIANTS = [name for name in CONFIGS if name != "mobie"]
 EXPERTS, HIDDEN, INNER = 4, 160, 40
 SEQUENCES, LENGTH = 12, 20
 SHAPES = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
+
+
+def mixed(**options: object) -> MoBiE:
+    """MoBiE whose other Linears are binarized like the expert factors."""
+    return MoBiE(**{"other_linears": "mixed_order"} | options)
 
 
 def correlated(rows: int, features: int, generator: torch.Generator) -> Tensor:
@@ -111,7 +117,7 @@ def test_nothing_is_lost_when_experts_are_binary_in_the_latent(side: str, glas: 
     u, sigma, v = hadamard(16) / 4, torch.arange(16.0, 0, -1), hadamard(64)[:16] / 8
     bank = torch.stack(((u * sigma) @ v).split(32, dim=1))  # two experts (16, 32)
     bank = bank if side == "left" else bank.mT.contiguous()
-    method = MoBiE(shared_side=side, basis_bits=16, block_size=16, gradient_groups=2, glas=glas)
+    method = mixed(shared_side=side, basis_bits=16, block_size=16, gradient_groups=2, glas=glas)
     x = correlated(100, bank.shape[2], torch.Generator().manual_seed(0))
     stats = [LinearStats.from_inputs(x, torch.ones(100, 2))] * 2
     packed = method.quantize_experts(ExpertBank({"w": bank}, (("w",),)), BankStats({"w": stats}, {"w": stats[0]}))["w"]
@@ -124,7 +130,7 @@ def test_nothing_is_lost_when_experts_are_binary_in_the_latent(side: str, glas: 
 
 
 def test_bank_of_zeros_stays_zero() -> None:
-    method = MoBiE()
+    method = mixed()
     bank, stats = layer(method)
     nothing = ExpertBank({n: torch.zeros_like(w) for n, w in bank.projections.items()}, bank.same_input)
     for packed in method.quantize_experts(nothing, stats).values():
@@ -132,7 +138,7 @@ def test_bank_of_zeros_stays_zero() -> None:
 
 
 def test_result_is_basis_times_experts() -> None:
-    method = MoBiE()
+    method = mixed()
     bank, stats = layer(method)
     for name, packed in method.quantize_experts(bank, stats).items():
         assert packed.shape == tuple(bank.projections[name].shape)
@@ -145,7 +151,7 @@ def test_result_is_basis_times_experts() -> None:
 
 def test_second_order_columns_are_those_of_highest_saliency() -> None:
     """Independent of the implementation's factorisation: explicit inverses of the guided Hessians, float64."""
-    method = MoBiE(joint_svd="off", nges=False, salient_share=0.1)
+    method = mixed(joint_svd="off", nges=False, salient_share=0.1)
     bank, stats = layer(method)
     packed = method.quantize_experts(bank, stats)["down"]
     for weight, own, matrix in zip(bank.projections["down"], stats.experts["down"], packed.experts, strict=True):
@@ -160,7 +166,7 @@ def test_energy_weighted_rows_are_the_least_squares_of_the_weights() -> None:
     """‖W - Ŵ‖² = Σ_j σ_j² ‖V_j - V̂_j‖² for an orthonormal U: the optimum is the first singular pair of σ|V|."""
     options = {"scope": "matrix", "nges": False, "basis_bits": 16, "salient_share": 0.0, "iterations": 200}
     for weighting in ("sigma2", "uniform"):
-        method = MoBiE(row_weighting=weighting, **options)
+        method = mixed(row_weighting=weighting, **options)
         bank, stats = layer(method)
         for name, packed in method.quantize_experts(bank, stats).items():
             basis, factors = joint_svd(bank.projections[name], "left")
@@ -178,7 +184,7 @@ def test_basis_on_the_right_means_latent_inputs() -> None:
     weights = torch.rand(200, 4, generator=generator)
     basis, factors = joint_svd(bank, "right")
     packed = []
-    for method, matrices, inputs in ((MoBiE(shared_side="right"), bank, x), (MoBiE(), factors, x @ basis.T)):
+    for method, matrices, inputs in ((mixed(shared_side="right"), bank, x), (mixed(), factors, x @ basis.T)):
         method = method if matrices is bank else replace(method, joint_svd="off")
         method = replace(method, block_size=10, regularization=0.01)
         stats = [LinearStats.from_inputs(inputs, w) for w in (weights, weights.flip(0))]
@@ -193,7 +199,7 @@ def test_basis_on_the_right_means_latent_inputs() -> None:
 
 
 def test_gradient_bases_give_the_gradient_at_the_latent() -> None:
-    method = MoBiE()
+    method = mixed()
     bank, _ = layer(method)
     basis = method.gradient_bases(bank)["gate"].double()
     _, factors = joint_svd(bank.projections["gate"], "left")
@@ -210,30 +216,30 @@ def test_gradient_bases_give_the_gradient_at_the_latent() -> None:
     "options", [{"joint_svd": "off"}, {"gradient_at": "output"}, {"shared_side": "right"}], ids=lambda o: next(iter(o))
 )
 def test_gradient_at_the_output_needs_no_basis(options: dict[str, str]) -> None:
-    method = MoBiE(**options)
+    method = mixed(**options)
     assert method.gradient_bases(layer(method)[0]) == {"gate": None, "up": None, "down": None}
 
 
 def test_gradient_bases_follow_side_rank_and_fusion() -> None:
-    bank, _ = layer(MoBiE())
-    fewest = MoBiE(shared_side="fewest_bytes").gradient_bases(bank)
+    bank, _ = layer(mixed())
+    fewest = mixed(shared_side="fewest_bytes").gradient_bases(bank)
     assert fewest["down"] is None and fewest["gate"].shape == (INNER, INNER)
-    assert MoBiE(rank=7).gradient_bases(bank)["down"].shape == (HIDDEN, 7)
-    fused = MoBiE(joint_svd="fused_gate_up").gradient_bases(bank)
+    assert mixed(rank=7).gradient_bases(bank)["down"].shape == (HIDDEN, 7)
+    fused = mixed(joint_svd="fused_gate_up").gradient_bases(bank)
     assert torch.equal(fused["gate"], fused["up"])
     joint = torch.cat((bank.projections["gate"], bank.projections["up"]))
     assert torch.equal(fused["gate"], joint_svd(joint, "left")[0])
 
 
 def test_only_glas_needs_gradients() -> None:
-    assert MoBiE().needs_gradients and not MoBiE(glas=False).needs_gradients
+    assert mixed().needs_gradients and not mixed(glas=False).needs_gradients
 
 
 def test_equal_gradients_give_the_local_result() -> None:
     results = []
     for glas in (True, False):
-        method = MoBiE(joint_svd="off", glas=glas)
-        weight, stats = linear(MoBiE(glas=False), 24, 160)
+        method = mixed(joint_svd="off", glas=glas)
+        weight, stats = linear(mixed(glas=False), 24, 160)
         guided = stats.hessian.expand(4, -1, -1).contiguous()
         results.append(method.quantize_linear(weight, replace(stats, guided=guided)))
     assert same_tensors(*results)
@@ -247,7 +253,7 @@ def test_equal_gradients_give_the_local_result() -> None:
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_paper_bits_are_those_of_section_b_2_3(side: str, rank: int | None, bits: int) -> None:
     """Eq. 44, (r / kI) B_h + (r / O) B_b, O and I exchanged for a basis on the right; B_b = 2s + (1 - s)."""
-    method = MoBiE(shared_side=side, rank=rank, basis_bits=bits, glas=False)
+    method = mixed(shared_side=side, rank=rank, basis_bits=bits, glas=False)
     active = 2
     for name, packed in run(method).items():
         out, width = SHAPES[name]
@@ -260,13 +266,13 @@ def test_paper_bits_are_those_of_section_b_2_3(side: str, rank: int | None, bits
 
 
 def test_no_basis_means_no_shared_bits() -> None:
-    packed = run(MoBiE(joint_svd="off", glas=False))["gate"]
+    packed = run(mixed(joint_svd="off", glas=False))["gate"]
     assert packed.basis is None
     assert packed.ledger(0.5).paper_bits == pytest.approx(1 + 8 / 160)
 
 
 def test_fused_projections_share_one_basis() -> None:
-    method = MoBiE(joint_svd="fused_gate_up")
+    method = mixed(joint_svd="fused_gate_up")
     packed = run(method)
     assert set(packed) == {GATE_UP, "down"}
     assert packed[GATE_UP].shape == (2 * EXPERTS, INNER, HIDDEN)
@@ -276,12 +282,12 @@ def test_fused_projections_share_one_basis() -> None:
 
 
 def test_same_inputs_give_the_same_bytes() -> None:
-    first, second = (run(MoBiE()) for _ in range(2))
+    first, second = (run(mixed()) for _ in range(2))
     assert all(same_tensors(first[name], second[name]) for name in first)
 
 
 def test_experts_without_a_joint_basis_are_independent() -> None:
-    method = MoBiE(joint_svd="off", nges=False, tolerance=0.0)
+    method = mixed(joint_svd="off", nges=False, tolerance=0.0)
     bank, stats = layer(method)
     together = method.quantize_experts(bank, stats)
     for name, packed in together.items():
@@ -296,7 +302,7 @@ def test_experts_without_a_joint_basis_are_independent() -> None:
 
 @pytest.mark.parametrize("width", [1, 9, 100, 128, 129, 200, 256])
 def test_any_width(width: int) -> None:
-    method = MoBiE()
+    method = mixed()
     weight, stats = linear(method, 12, width)
     packed = method.quantize_linear(weight, stats)
     assert packed.shape == (12, width)
@@ -307,14 +313,14 @@ def test_any_width(width: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_fewer_rows_than_gradient_groups(rows: int) -> None:
-    method = MoBiE()
+    method = mixed()
     weight, stats = linear(method, rows, 30)
     assert method.quantize_linear(weight, replace(stats, guided=stats.hessian.expand(4, 30, 30))).shape == (rows, 30)
 
 
 @pytest.mark.parametrize("joint_svd", ["separate", "off"])
 def test_dead_columns_become_zero_in_the_latent(joint_svd: str) -> None:
-    method = MoBiE(joint_svd=joint_svd, gradient_groups=1)
+    method = mixed(joint_svd=joint_svd, gradient_groups=1)
     generator = torch.Generator().manual_seed(2)
     bank = torch.randn(2, 20, 150, generator=generator)
     x = correlated(300, 150, generator)
@@ -332,7 +338,7 @@ def test_dead_columns_become_zero_in_the_latent(joint_svd: str) -> None:
 
 def test_one_dead_column_leaves_the_choice_of_salient_columns_alone() -> None:
     """Small loss gradients beside a dead column, whose place on the diagonal of the Hessian is filled up."""
-    method = MoBiE(joint_svd="off", nges=False, salient_share=0.2)
+    method = mixed(joint_svd="off", nges=False, salient_share=0.2)
     weight, stats = linear(method, 16, 40)
     alive = method.quantize_linear(weight, replace(stats, guided=1e-8 * stats.guided)).salient
     wider = torch.nn.functional.pad(weight, (0, 1), value=1.0)
@@ -347,7 +353,7 @@ def test_one_dead_column_leaves_the_choice_of_salient_columns_alone() -> None:
 
 
 def test_expert_without_inputs_becomes_zero() -> None:
-    method = MoBiE(joint_svd="off", glas=False)
+    method = mixed(joint_svd="off", glas=False)
     bank, stats = layer(method)
     nothing = LinearStats.from_inputs(torch.zeros(4, INNER))
     experts = {**stats.experts, "down": [nothing, *stats.experts["down"][1:]]}
@@ -357,7 +363,7 @@ def test_expert_without_inputs_becomes_zero() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_no_column_or_every_column_salient(share: float) -> None:
-    method = MoBiE(salient_share=share)
+    method = mixed(salient_share=share)
     weight, stats = linear(method, 12, 140)
     packed = method.quantize_linear(weight, stats)
     assert len(packed.salient) == round(share * 140)
@@ -368,7 +374,7 @@ def test_no_column_or_every_column_salient(share: float) -> None:
 def test_more_salient_columns_lower_the_error() -> None:
     errors = []
     for share in (0.0, 0.25, 1.0):
-        method = MoBiE(salient_share=share)
+        method = mixed(salient_share=share)
         weight, stats = linear(method, 32, 140)
         errors.append(output_error(weight, method.quantize_linear(weight, stats).dequantize(), stats))
     assert errors[0] > errors[1] > errors[2]
@@ -386,17 +392,17 @@ def test_more_salient_columns_lower_the_error() -> None:
 )
 def test_options_out_of_range_are_refused(options: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        MoBiE(**options)
+        mixed(**options)
 
 
 def test_glas_without_gradients_is_refused() -> None:
-    weight, stats = linear(MoBiE(glas=False), 8, 20)
+    weight, stats = linear(mixed(glas=False), 8, 20)
     with pytest.raises(DataError, match="1 of 1 matrices have no Hessian weighted by loss gradients"):
-        MoBiE().quantize_linear(weight, stats)
+        mixed().quantize_linear(weight, stats)
 
 
 def test_means_of_sequences_need_sequences() -> None:
-    method = MoBiE(null_space="position_mean")
+    method = mixed(null_space="position_mean")
     bank, stats = layer(method)
     pooled = {name: replace(s, mean_gram=None) for name, s in stats.pooled.items()}
     with pytest.raises(UnsupportedError, match="position_mean"):
@@ -410,23 +416,23 @@ def test_nges_acts_where_it_is_aimed() -> None:
     def dense(method: MoBiE) -> Tensor:
         return run(method)["gate"].dequantize()
 
-    weight, stats = linear(MoBiE(glas=False), EXPERTS, HIDDEN)
+    weight, stats = linear(mixed(glas=False), EXPERTS, HIDDEN)
 
     def router(method: MoBiE) -> Tensor:
         return method.quantize_router(weight, stats).dequantize()
 
-    both = MoBiE(router="binarized")
-    router_only = MoBiE(router="binarized", nges_target="router")
-    off = MoBiE(router="binarized", nges=False)
+    both = mixed(router="binarized")
+    router_only = mixed(router="binarized", nges_target="router")
+    off = mixed(router="binarized", nges=False)
     assert torch.equal(dense(router_only), dense(off)) and not torch.equal(dense(both), dense(off))
     assert torch.equal(router(both), router(router_only)) and not torch.equal(router(both), router(off))
-    assert both.quantizes_router and not MoBiE().quantizes_router
+    assert both.quantizes_router and not mixed().quantizes_router
 
 
 def test_nges_modulates_the_sum_of_both_orders() -> None:
     """Eqs. 48 to 50 in a loop in float64, on what the method stores without NGES."""
     options = {"joint_svd": "off", "glas": False, "salient_share": 0.2, "regularization": 0.05, "tolerance": 0.0}
-    plain, modulated = (MoBiE(nges=nges, **options) for nges in (False, True))
+    plain, modulated = (mixed(nges=nges, **options) for nges in (False, True))
     bank, stats = layer(plain)
     binarized = plain.quantize_experts(bank, stats)["down"].dequantize().double()
     values, vectors = torch.linalg.eigh(stats.pooled["down"].hessian.double())
@@ -451,7 +457,7 @@ def test_nges_lowers_the_error_that_strong_inputs_see() -> None:
     """The part of the error outside the null space, over all experts, where it is meant to shrink."""
     errors = []
     for nges in (True, False):
-        method = MoBiE(joint_svd="off", nges=nges, regularization=0.01)
+        method = mixed(joint_svd="off", nges=nges, regularization=0.01)
         bank, stats = layer(method)
         dense = method.quantize_experts(bank, stats)["gate"].dequantize()
         values, vectors = torch.linalg.eigh(stats.pooled["gate"].hessian.double())
@@ -500,7 +506,7 @@ def test_rows_of_the_ablation_table() -> None:
 
 @pytest.fixture(scope="module")
 def default_result() -> dict[str, Tensor]:
-    return everything(MoBiE())
+    return everything(mixed())
 
 
 def everything(method: MoBiE) -> dict[str, Tensor]:
@@ -544,3 +550,20 @@ def test_misspelt_option_is_refused(repository: Layout) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace("basis_bits", "basis_bit"), encoding="utf-8")
     with pytest.raises(ConfigError, match="basis_bits"):
         load_method("mobie-u4", repository).build()
+
+
+@pytest.mark.parametrize("glas", [True, False])
+def test_other_linears_are_arb_rc_with_this_saliency(glas: bool) -> None:
+    method = MoBiE(glas=glas, gradient_groups=2, feedback="triangular")
+    weight, stats = linear(method, 24, 160)
+    packed = method.quantize_linear(weight, stats)
+    reference = ARB(
+        column_group_bitmap=False,
+        saliency_rule="inverse_diagonal",
+        saliency_source="guided" if glas else "local",
+        gradient_groups=2,
+        feedback="triangular",
+    ).quantize_linear(weight, stats)
+    assert packed.header() == reference.header()
+    assert all(torch.equal(tensor, reference.tensors()[name]) for name, tensor in packed.tensors().items())
+    assert not packed.extra_is_residual and packed.plain.bitmap is not None and packed.extra.bitmap is None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mobie.errors import ConfigError, DataError, UnsupportedError
+from mobie.methods.arb import ARB
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method, register
 from mobie.methods.hessian import Feedback, SaliencyRule, damp, inverse_cholesky
 from mobie.methods.mobie.cejd import choose_side, joint_svd
@@ -33,7 +34,8 @@ class MoBiE(Method):
     shared_side:      (2) "left" as eq. 4; "right"; "fewest_bytes" per projection.
     rank:             (3) None keeps the full rank.
     basis_bits:       (5) of the shared basis, per row: 4, 8 or 16.
-    other_linears:    (6) attention and shared experts: "binarized" (no joint SVD) or "16bit".
+    other_linears:    (6) attention and shared experts: "arb_rc" with GLAS saliency; "mixed_order" as the experts, without
+                      joint SVD; or "16bit".
     gradient_at:      (7) "latent" T = V x, or "output" Z.
     gradient_groups:  (8) contiguous groups of channels that share one guided Hessian.
     glas:             saliency from guided Hessians; off: from the local Hessian (ablation).
@@ -54,7 +56,7 @@ class MoBiE(Method):
     shared_side: Literal["left", "right", "fewest_bytes"] = "left"
     rank: int | None = None
     basis_bits: Literal[4, 8, 16] = 8
-    other_linears: Literal["binarized", "16bit"] = "binarized"
+    other_linears: Literal["arb_rc", "mixed_order", "16bit"] = "arb_rc"
     glas: bool = True
     gradient_at: Literal["latent", "output"] = "latent"
     gradient_groups: int = 4
@@ -108,9 +110,11 @@ class MoBiE(Method):
         return bases
 
     def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
-        """Binarize one Linear without joint SVD (reading 6)."""
+        """Binarize one Linear that is no expert (reading 6)."""
         if self.other_linears == "16bit":
             return Dense16(weight.to(torch.bfloat16))
+        if self.other_linears == "arb_rc":
+            return self._arb_rc().quantize_linear(weight, stats)
         return self._binarize(weight[None], [stats], None)[0]
 
     def quantize_router(self, weight: Tensor, stats: LinearStats) -> Packed:
@@ -125,6 +129,20 @@ class MoBiE(Method):
             experts = [s for member in members for s in stats.experts[member]]
             packed[name] = self._quantize_bank(weight, experts, stats.pooled[members[0]])
         return packed
+
+    def _arb_rc(self) -> ARB:
+        """ARB-RC without the bitmap on salient columns, with this method's saliency, feedback and damping."""
+        return ARB(
+            block_size=self.block_size,
+            percdamp=self.percdamp,
+            saliency_rule=self.saliency_rule,
+            saliency_source="guided" if self.glas else "local",
+            gradient_groups=self.gradient_groups,
+            feedback=self.feedback,
+            refinement="arb-rc",
+            column_group_bitmap=False,
+            iterations=self.iterations,
+        )
 
     def _joint_banks(self, bank: ExpertBank) -> dict[str, tuple[str, ...]]:
         """Name under which it is stored → projections that are decomposed together."""
