@@ -506,7 +506,7 @@ def test_rows_of_the_ablation_table() -> None:
 
 @pytest.fixture(scope="module")
 def default_result() -> dict[str, Tensor]:
-    return everything(mixed())
+    return everything(MoBiE())
 
 
 def everything(method: MoBiE) -> dict[str, Tensor]:

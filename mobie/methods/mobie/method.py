@@ -34,8 +34,8 @@ class MoBiE(Method):
     shared_side:      (2) "left" as eq. 4; "right"; "fewest_bytes" per projection.
     rank:             (3) None keeps the full rank.
     basis_bits:       (5) of the shared basis, per row: 4, 8 or 16.
-    other_linears:    (6) attention and shared experts: "arb_rc" with GLAS saliency; "mixed_order" as the experts, without
-                      joint SVD; or "16bit".
+    other_linears:    (6) attention and shared experts: "arb_rc" with GLAS saliency; "mixed_order" as the experts,
+                      without joint SVD; or "16bit".
     gradient_at:      (7) "latent" T = V x, or "output" Z.
     gradient_groups:  (8) contiguous groups of channels that share one guided Hessian.
     glas:             saliency from guided Hessians; off: from the local Hessian (ablation).
