@@ -46,11 +46,6 @@ def unpack_mask(packed: Tensor, length: int) -> Tensor:
     return unpack_codes(packed.unsqueeze(-2), length).bool()
 
 
-def pack_signs(values: Tensor) -> Tensor:
-    """Pack the signs of `(..., n)` values, 1 for `value >= 0` (eq. 3: sign(0) = +1)."""
-    return pack_mask(values >= 0)
-
-
 def unpack_signs(packed: Tensor, length: int) -> Tensor:
-    """Signs `(..., length)` as float32 ±1."""
+    """Signs `(..., length)` as float32 ±1, from the mask `value >= 0` (eq. 3: sign(0) = +1)."""
     return unpack_mask(packed, length).float().mul_(2).sub_(1)
