@@ -1,6 +1,8 @@
-# The main job: models and data in, records, tables out.
+# The main job: models and data in, records, tables, figures, verdicts and a report out.
 #
-#   snakemake --cores all results/table2.csv                        the embedded model, any machine
+#   snakemake --cores all                                           everything, the embedded model, any machine
+#   snakemake --cores all results/table2.csv                        one table, and what it needs
+#   snakemake --cores all paper_figures/fig6.png results/claims.md  a figure, the verdicts
 #   snakemake --cores all --config suite=paper results/table2.csv   the paper's models, GPU and hub
 #   snakemake --cores 1 results/audit.md                            the paper's tables against each other
 #   snakemake -n                                                    what would run
@@ -15,11 +17,15 @@ include: "workflow/rules/nano.smk"
 include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/score.smk"
-include: "workflow/rules/tables.smk"
 include: "workflow/rules/audit.smk"
+include: "workflow/rules/targets.smk"
 
 
 rule all:
     default_target: True
     input:
-        PATHS.table("table2", "csv"),
+        [PATHS.table(table, "csv") for table in TABLES],
+        [PATHS.figure(figure, "svg") for figure in FIGURES],
+        PATHS.table("claims", "csv"),
+        PATHS.table("audit", "md"),
+        PATHS.report,

@@ -167,17 +167,43 @@ def train_nano_command(steps: int | None, threads: int, install: bool) -> None:
 
 @main.command(name="calibrate")
 @keys_options(method=False)
-def calibrate_command(suite: str, model: str | None, seed: int | None) -> None:
+@click.option("--text", help="A text of mobie/data/texts.py.  [default: the model's]")
+@click.option("--sequences", type=click.IntRange(min=1), help="Number of windows.  [default: the model's]")
+@click.option("--length", type=click.IntRange(min=1), help="Tokens per window.  [default: the model's]")
+def calibrate_command(
+    suite: str, model: str | None, seed: int | None, text: str | None, sequences: int | None, length: int | None
+) -> None:
     """Draw the calibration tokens of a model: windows at random places of a text.
 
     \b
     python -m mobie calibrate --model nano-olmoe --seed 1
+    python -m mobie calibrate --text web-calibration --sequences 32
     """
+    from mobie.config import CalibrationOverride
     from mobie.jobs.data import calibrate
 
     keys = _keys(suite, model, seed)
     _one_thread()
-    click.echo(calibrate(keys))
+    changes = CalibrationOverride(text=text, sequences=sequences, length=length)
+    click.echo(calibrate(keys, changes.apply(keys.model_config.calibration)))
+
+
+@main.command(name="windows")
+@click.option("--protocol", help="Digest in the windows' file name.  [default: all of the text]")
+@click.option("--text", help="A text of the suite's protocol.  [default: all]")
+@MODEL
+@SUITE
+def windows_command(suite: str, model: str | None, text: str | None, protocol: str | None) -> None:
+    """Cut the texts of a suite's protocol into token windows, which perplexity and routing read.
+
+    \b
+    python -m mobie windows --model nano-olmoe
+    python -m mobie windows --text wiki
+    """
+    from mobie.jobs.data import make_windows
+
+    for path in make_windows(_keys(suite, model, None), text, protocol):
+        click.echo(path)
 
 
 @main.command(name="quantize")
@@ -230,6 +256,17 @@ def score_tasks_command(suite: str, model: str | None, method: str, seed: int | 
     _score("tasks", suite, model, method, seed)
 
 
+@main.command(name="score-hard")
+@keys_options(method=True)
+def score_hard_command(suite: str, model: str | None, method: str, seed: int | None) -> None:
+    """Accuracy of a stored checkpoint on the harder tasks: MMLU, GSM8K, MathQA (Tables 8 and 9).
+
+    \b
+    python -m mobie score-hard --model nano-olmoe --method gptq-w3
+    """
+    _score("hard", suite, model, method, seed)
+
+
 @main.command(name="score-routing")
 @keys_options(method=True)
 def score_routing_command(suite: str, model: str | None, method: str, seed: int | None) -> None:
@@ -243,22 +280,125 @@ def score_routing_command(suite: str, model: str | None, method: str, seed: int 
     _score("routing", suite, model, method, seed)
 
 
-@main.command(name="table2")
-@SUITE
-def table2_command(suite: str) -> None:
-    """Build Table 2 of a suite from the records that exist; what is missing is a hole with its reason.
+@main.command(name="score-shift")
+@keys_options(method=True)
+def score_shift_command(suite: str, model: str | None, method: str, seed: int | None) -> None:
+    """Perplexity by weights and by routing: full precision or quantized, routing kept or shifted (Table 1).
+
+    Needs the checkpoint of the method `fp16` beside that of METHOD.
 
     \b
-    python -m mobie table2 --suite smoke
+    python -m mobie score-shift --model nano-olmoe --method arb-llm
     """
-    from mobie.config import default_layout, load_protocol, load_suite
-    from mobie.tables.table2 import write_table2
+    _score("shift", suite, model, method, seed)
+
+
+@main.command(name="score-cka")
+@keys_options(method=True)
+def score_cka_command(suite: str, model: str | None, method: str, seed: int | None) -> None:
+    """How alike a layer's experts are before and after the joint decomposition (Figure 2).
+
+    Needs the checkpoint of the method `fp16` beside that of METHOD, which must have a shared basis.
+
+    \b
+    python -m mobie score-cka --model nano-olmoe --method mobie
+    """
+    _score("cka", suite, model, method, seed)
+
+
+@main.command(name="score-generations")
+@keys_options(method=True)
+def score_generations_command(suite: str, model: str | None, method: str, seed: int | None) -> None:
+    """Let a stored checkpoint continue the prompts of Table 11, greedily.
+
+    \b
+    python -m mobie score-generations --model nano-olmoe --method mobie
+    """
+    _score("generations", suite, model, method, seed)
+
+
+@main.command(name="table")
+@click.argument("name")
+@SUITE
+def table_command(name: str, suite: str) -> None:
+    """Build a table of a suite (table1 … table11, sensitivity) from the records that exist.
+
+    What is missing is a hole with its reason. Needs no model.
+
+    \b
+    python -m mobie table table2
+    python -m mobie table table10 --suite paper
+    """
+    from mobie.config import default_layout
+    from mobie.results import Results
+    from mobie.tables import build_table
+    from mobie.tables.table import write_table
 
     layout = default_layout()
-    config = load_suite(suite, layout)
-    texts = load_protocol(config.protocol, layout).texts
-    for path in write_table2(suite, config, texts, layout):
+    for path in write_table(build_table(name, Results(suite, layout)), layout):
         click.echo(path)
+
+
+@main.command(name="figure")
+@click.argument("name")
+@SUITE
+def figure_command(name: str, suite: str) -> None:
+    """Draw a figure of a suite (fig1 … fig11, pareto, diagnostics) from the records that exist.
+
+    What is missing is a visible hole with its reason. Needs no model.
+
+    \b
+    python -m mobie figure fig6
+    python -m mobie figure pareto
+    """
+    from mobie.config import default_layout
+    from mobie.figures import write_figure
+    from mobie.results import Results
+
+    for path in write_figure(name, Results(suite, default_layout())):
+        click.echo(path)
+
+
+@main.command(name="sensitivity")
+@SUITE
+def sensitivity_command(suite: str) -> None:
+    """Rank the readings of the paper by how much they move the result.
+
+    Reads the records of one run per reading; make them with `snakemake --cores all results/sensitivity.md`.
+
+    \b
+    python -m mobie sensitivity
+    """
+    from mobie.config import default_layout
+    from mobie.results import Results
+    from mobie.tables import build_table
+    from mobie.tables.table import to_markdown, write_table
+
+    layout = default_layout()
+    table = build_table("sensitivity", Results(suite, layout))
+    write_table(table, layout)
+    click.echo(to_markdown(table), nl=False)
+
+
+@main.command(name="claims")
+@SUITE
+def claims_command(suite: str) -> None:
+    """Judge every statement of the paper with the records of a suite, beside the audit of the paper's own entries.
+
+    Writes results/claims.csv, claims.md and claims.json. What has not run is `not run` with its reason.
+
+    \b
+    python -m mobie claims
+    """
+    from mobie.config import default_layout
+    from mobie.results import Results
+    from mobie.verdicts import judge, write_claims
+
+    layout = default_layout()
+    verdicts = judge(Results(suite, layout))
+    for path in write_claims(verdicts, layout):
+        click.echo(path)
+    click.echo("; ".join(f"{count} {verdict}" for verdict, count in verdicts.counts.items()))
 
 
 @main.command(name="try")
@@ -318,6 +458,23 @@ def _trial_text(trial: Trial) -> str:
         "seconds": f"{trial.seconds:.3f}",
     }
     return "\n".join([*(f"{name:24} {value}" for name, value in lines.items()), *(f"note: {n}" for n in trial.notes)])
+
+
+@main.command(name="report")
+@SUITE
+def report_command(suite: str) -> None:
+    """Build results/report.html: verdicts, tables, figures and every record of a suite in one file.
+
+    Reads the records, logs and drawn figures that exist; what is missing is a hole with its reason. Needs no model.
+
+    \b
+    python -m mobie report
+    python -m mobie report --suite paper
+    """
+    from mobie.config import default_layout
+    from mobie.report.build import write_report
+
+    click.echo(write_report(suite, default_layout()))
 
 
 @main.command(name="readme")

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
@@ -18,8 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, Val
 from mobie.errors import ConfigError, unknown_name
 from mobie.paths import Layout, find_root
 from mobie.provenance import digest
+from mobie.scoring.cka import CkaProtocol
+from mobie.scoring.generations import GenerationsProtocol
+from mobie.scoring.hard import HardProtocol
 from mobie.scoring.perplexity import PerplexityProtocol
 from mobie.scoring.routing import RoutingProtocol
+from mobie.scoring.shift import ShiftProtocol
 from mobie.scoring.tasks import TasksProtocol
 
 if TYPE_CHECKING:
@@ -44,6 +48,18 @@ class Calibration(Strict):
     length: PositiveInt = Field(description="tokens per sequence")
 
 
+class CalibrationOverride(Strict):
+    """What a method config changes of the model's calibration; null keeps it."""
+
+    text: str | None = Field(default=None, description="name of a text (mobie.data.texts)")
+    sequences: PositiveInt | None = Field(default=None, description="number of token sequences")
+    length: PositiveInt | None = Field(default=None, description="tokens per sequence")
+
+    def apply(self, calibration: Calibration) -> Calibration:
+        """The calibration with the changes."""
+        return calibration.model_copy(update=self.model_dump(exclude_none=True))
+
+
 class Resources(Strict):
     """What one quantize or scoring job needs."""
 
@@ -57,7 +73,7 @@ class ModelConfig(Strict):
     source: Literal["embedded", "hub"] = Field(description="`embedded` ships in the package, `hub` is downloaded")
     repo: str = Field(description="folder under mobie/assets, or repository on the hub")
     revision: str | None = Field(default=None, description="commit of the hub repository; null is its newest one")
-    label: str | None = Field(description="the model's name in the paper's Table 2; null where it is not in there")
+    label: str | None = Field(description="the model's name in the paper's tables; null where it is in none")
     parameters: PositiveInt = Field(description="number of weights")
     bytes: PositiveInt = Field(description="size of the weight files")
     resources: Resources
@@ -79,6 +95,9 @@ class MethodConfig(Strict):
     options: dict[str, Any] = Field(default_factory=dict, description="fields of the method's class")
     label: str = Field(description="name of the row in tables")
     paper: PaperRow | None = Field(default=None, description="the row of the paper's Table 2; null where it has none")
+    calibration: CalibrationOverride = Field(
+        default_factory=CalibrationOverride, description="changes of the model's calibration"
+    )
     description: str = Field(description="one sentence for `python -m mobie methods`")
 
     def build(self) -> Method:
@@ -106,11 +125,31 @@ class ProtocolConfig(Strict):
     perplexity: tuple[PerplexityProtocol, ...] = Field(min_length=1, strict=False, description="one per text")
     tasks: TasksProtocol
     routing: RoutingProtocol
+    shift: ShiftProtocol
+    cka: CkaProtocol
+    generations: GenerationsProtocol
+    hard: HardProtocol
 
     @property
     def texts(self) -> tuple[str, ...]:
         """Texts of the perplexities, in order."""
         return tuple(part.text for part in self.perplexity)
+
+
+class Sweep(Strict):
+    """What is varied where the paper varies calibration and λ (Table 10, Figures 8 and 9), and how often to repeat."""
+
+    texts: dict[str, str] = Field(
+        description="the paper's calibration text (wikitext2, c4, ptb) → the text that a model is calibrated on here"
+    )
+    regularization: tuple[float, ...] = Field(min_length=1, strict=False, description="values of λ")
+    sequences: PositiveInt | None = Field(
+        default=None, description="calibration sequences in the sweeps over λ and readings; null: the model's own"
+    )
+    sizes: tuple[PositiveInt, ...] = Field(min_length=1, strict=False, description="calibration sequences in Figure 8")
+    seeds: tuple[int, ...] = Field(
+        min_length=1, strict=False, description="calibration seeds; the spread over them is a tolerance of claims"
+    )
 
 
 class SuiteConfig(Strict):
@@ -127,6 +166,19 @@ class SuiteConfig(Strict):
     wikitext2_text: str = Field(description="text whose perplexity fills Table 2's last column; one of the protocol's")
     models: tuple[str, ...] = Field(min_length=1, strict=False, description="files in workflow/config/models")
     rows: tuple[Row, ...] = Field(min_length=1, strict=False, description="rows of Table 2 for every model, in order")
+
+    targets: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(
+        default_factory=dict,
+        description="models of a table or figure (`table4`) that are not the suite's, or names in `absent_models`",
+    )
+    absent_models: dict[str, str] = Field(
+        default_factory=dict, description="a model of the paper that the suite does not have → why"
+    )
+    sweep: Sweep
+
+    def models_of(self, target: str) -> tuple[str, ...]:
+        """Models of a table or figure: configs, or names of absent models."""
+        return self.targets.get(target, self.models)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -219,9 +271,52 @@ def load_model_config(name: str, layout: Layout | None = None) -> ModelConfig:
     return _load(ModelConfig, "models", "model", name, layout or default_layout())
 
 
+SPEC_MARK = "+"
+
+
+def method_spec(base: str, **changes: Any) -> str:
+    """Name of a variant of a method config, for `load_method`: `mobie+regularization=0.3`.
+
+    A double underscore stands for the dot of a calibration key: `calibration__text="wiki"`. None is left out.
+    """
+    parts = [f"{key.replace('__', '.')}={value}" for key, value in sorted(changes.items()) if value is not None]
+    return SPEC_MARK.join([base, *parts])
+
+
+def _value(text: str) -> Any:
+    """A value as JSON, else as YAML, which takes `1e-06` for a word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
 def load_method(name: str, layout: Layout | None = None) -> MethodConfig:
-    """`workflow/config/methods/<name>.yaml`. Raises `ConfigError`."""
-    return _load(MethodConfig, "methods", "method", name, layout or default_layout())
+    """`workflow/config/methods/<name>.yaml`, or a variant of it.
+
+    A variant is `NAME+KEY=VALUE+…`: KEY is an option of the method, or `calibration.text`, `calibration.sequences`,
+    `calibration.length`; VALUE is JSON or YAML. Such a name is also the folder of the variant's results.
+
+    Raises:
+        ConfigError: no such file, a wrong key in it, or a variant that is not of this form.
+    """
+    base, *changes = name.split(SPEC_MARK)
+    config = _load(MethodConfig, "methods", "method", base, layout or default_layout())
+    if not changes:
+        return config
+    value = config.model_dump(mode="json")
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not (key and equals and text):
+            raise ConfigError(f"method {name!r}: got {change!r}, expected KEY=VALUE, e.g. {base}+calibration.text=wiki")
+        part, dot, rest = key.partition(".")
+        target, key = (value["calibration"], rest) if dot and part == "calibration" else (value["options"], key)
+        try:
+            target[key] = _value(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"method {name!r}: {text!r} of {key} is not valid YAML; write e.g. {key}=0.1") from error
+    value |= {"label": f"{config.label} ({', '.join(changes)})", "paper": None}
+    return parse(MethodConfig, value, f"method {name}")
 
 
 def load_protocol(name: str, layout: Layout | None = None) -> ProtocolConfig:
@@ -234,14 +329,15 @@ def load_suite(name: str, layout: Layout | None = None) -> SuiteConfig:
     layout = layout or default_layout()
     suite = _load(SuiteConfig, "suites", "suite", name, layout)
     path = layout.config_file("suites", name)
+    used_models = {name for models in suite.targets.values() for name in models} - set(suite.absent_models)
     for noun, folder, names in (
-        ("model", "models", suite.models),
+        ("model", "models", (*suite.models, *sorted(used_models))),
         ("method", "methods", suite.methods),
         ("protocol", "protocols", (suite.protocol,)),
     ):
         known = config_names(folder, layout)
         for used in names:
-            if used not in known:
+            if used.split(SPEC_MARK)[0] not in known:
                 raise ConfigError(f"{path}: {unknown_name(noun, used, known)}")
     texts = load_protocol(suite.protocol, layout).texts
     if suite.wikitext2_text not in texts:

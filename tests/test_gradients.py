@@ -14,7 +14,13 @@ from tiny import EXPERTS, HIDDEN, TOP_K, WIDTH, make_model, random_tokens
 from torch import Tensor, nn
 
 from mobie.calibration.capture import TokenWeights
-from mobie.calibration.gradients import load_token_weights, save_token_weights, token_weights
+from mobie.calibration.gradients import (
+    load_checked,
+    load_token_weights,
+    save_checked,
+    save_token_weights,
+    token_weights,
+)
 from mobie.calibration.pooling import pool_channels
 from mobie.errors import DataError, StorageError
 from mobie.methods.base import ExpertBank
@@ -225,6 +231,26 @@ def test_token_weights_round_trip_and_belong_to_one_job(tmp_path: Path) -> None:
     assert torch.equal(loaded.experts["gate"], weights.experts["gate"])
     assert torch.equal(loaded.top_k_index, weights.top_k_index)
     assert load_token_weights(path, "another job") is None
+
+
+@pytest.mark.parametrize("where", [-1, -200])
+def test_token_weights_with_a_wrong_bit_are_refused(where: int, tmp_path: Path) -> None:
+    path = tmp_path / "000.safetensors"
+    save_token_weights(path, random_weights(), "job")
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"000\.safetensors: its content is not what was written.*delete it"):
+        load_token_weights(path, "job")
+
+
+def test_notes_are_covered_by_the_hash(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_checked(path, {"a": torch.ones(3)}, "job", {"unmatched": 5})
+    assert load_checked(path, "job")[1] == {"unmatched": 5}
+    path.write_bytes(path.read_bytes().replace(b'unmatched\\":5', b'unmatched\\":6'))
+    with pytest.raises(DataError, match="not what was written"):
+        load_checked(path, "job")
 
 
 def test_truncated_token_weights_are_refused(tmp_path: Path) -> None:

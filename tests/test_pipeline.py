@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_capture import close, hessian, inner_of, watch_plainly
@@ -29,11 +30,16 @@ from tiny import (
 )
 from torch import Tensor
 
+from mobie import pipeline
 from mobie.calibration.capture import CalibrationPolicy
+from mobie.calibration.gradients import save_checked
+from mobie.calibration.shared import GradientCache
+from mobie.calibration.stream import Stream
 from mobie.config import build_method, method_classes
 from mobie.errors import DataError, StorageError, UnsupportedError
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
 from mobie.models.base import Adapter
+from mobie.models.load import load_full_precision
 from mobie.packing import checkpoint
 from mobie.packing.bank import GATE_UP, split_gate_up
 from mobie.packing.checkpoint import KEPT, MANIFEST, block_path, load_block, load_model, read_tensors
@@ -105,6 +111,10 @@ class Watched:
         return self.routers[-1]
 
 
+def never(*_: Any, **__: Any) -> None:
+    raise AssertionError("computed again")
+
+
 def weight_files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.glob("*")) if p.is_file()}
 
@@ -153,9 +163,12 @@ def test_checkpoint_holds_exactly_what_the_method_returned(name: str, sources: d
     check_bytes(report, tmp_path)
     assert not (tmp_path / "work").exists()
     for entry in report.blocks:
-        assert sum(entry["tokens_per_expert"]) == TOKENS.numel() * TOP_K
         assert entry["cpu_seconds"] >= 0
-        assert all(0 <= e < 2 for e in entry["output_error"].values())
+        if watched.needs_statistics:
+            assert sum(entry["tokens_per_expert"]) == TOKENS.numel() * TOP_K
+            assert all(0 <= e < 2 for e in entry["output_error"].values())
+        else:
+            assert set(entry["output_error"].values()) == {0}
     assert (report.gradient_cpu_seconds is None) == (not watched.needs_gradients)
 
 
@@ -238,6 +251,51 @@ def test_calibration_runs_on_what_is_kept_in_16_bits(published: torch.dtype, kep
     close(watched.linear_stats[0]["q_proj"].hessian, hessian(x))
 
 
+def test_fp16_runs_no_forward_and_claims_no_error_that_it_did_not_measure(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mobie.pipeline.enter_first_block", never)
+    exact = quantize(sources["olmoe"], method("fp16"), TOKENS, tmp_path / "exact", fingerprint="job")
+    assert set(exact.blocks[0]["output_error"].values()) == {0}
+    model = make_model("olmoe")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.003)  # no bfloat16 numbers any more
+    source = save_model(model, tmp_path / "source", torch.float32)
+    rounded = quantize(source, method("fp16"), TOKENS, tmp_path / "rounded", fingerprint="job")
+    assert set(rounded.blocks[0]["output_error"].values()) == {None}
+
+
+@pytest.mark.parametrize("name", ["fp16", "gptq-g16", "arb-rc-cgb", "mobie-router"])
+def test_scales_and_bits_by_component_are_those_of_the_stored_tensors(
+    name: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    report = quantize(sources["olmoe"], method(name), TOKENS, tmp_path, fingerprint="job")
+    for index, entry in enumerate(report.blocks):
+        tensors, _ = read_tensors(block_path(tmp_path, index))
+        stored = {n.replace(":", "."): t for n, t in tensors.items() if n.endswith("scale") and t.numel()}
+        assert set(entry["scales"]) == set(stored)
+        assert bool(stored) == (name != "fp16")
+        for tensor_name, tensor in stored.items():
+            values = np.sort(np.abs(tensor.double().numpy()).ravel())
+            got = entry["scales"][tensor_name]
+            assert got["count"] == len(values)
+            assert got["minimum"] == pytest.approx(values[0], rel=1e-3)
+            assert got["maximum"] == pytest.approx(values[-1], rel=1e-3)
+            middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+            assert got["median"] == pytest.approx(middle, rel=1e-3)
+            assert got["median"] <= got["p95"] <= got["maximum"]
+            assert np.mean(values <= got["p95"] * 1.001) >= 0.95 - 1 / len(values)
+    components = report.components
+    assert set(components) == {"attention", "experts"} | ({"router"} if name == "mobie-router" else set())
+    assert sum(c["weights"] for c in components.values()) == report.ledger.weights
+    stored_bits = sum(c["stored"] * c["weights"] for c in components.values())
+    assert stored_bits == pytest.approx(8 * sum(item.bytes for item in report.ledger.items))
+    in_experts = sum(i.bytes for i in report.ledger.items if ".experts." in i.name and "linears" not in i.name)
+    assert components["experts"]["stored"] * components["experts"]["weights"] == pytest.approx(8 * in_experts)
+    assert components["attention"]["weights"] == 2 * 2 * (HIDDEN * HIDDEN + HIDDEN * HIDDEN // 2)
+
+
 # ---- experts that see little -----------------------------------------------------------------------------------------
 
 
@@ -251,6 +309,11 @@ def test_experts_with_no_and_with_one_token(name: str, tmp_path: Path) -> None:
     ids[4, 3] = rare
     watched = Watched(method(name))
     report = quantize(source, watched, ids, tmp_path / "out", fingerprint="job")
+    loaded, _ = load_model(tmp_path / "out")
+    with torch.no_grad():
+        assert loaded(ids).logits.isfinite().all()
+    if not watched.needs_statistics:
+        return
     first = report.blocks[0]
     assert first["tokens_per_expert"][:2] == [0, 1]
     assert sum(first["tokens_per_expert"]) == ids.numel() * TOP_K
@@ -263,9 +326,6 @@ def test_experts_with_no_and_with_one_token(name: str, tmp_path: Path) -> None:
         none, pooled = stats.experts[projection][0], stats.pooled[projection]
         assert torch.equal(none.hessian, pooled.hessian)
         assert torch.equal(none.mean_abs, pooled.mean_abs)
-    loaded, _ = load_model(tmp_path / "out")
-    with torch.no_grad():
-        assert loaded(ids).logits.isfinite().all()
 
 
 # ---- policies --------------------------------------------------------------------------------------------------------
@@ -359,10 +419,153 @@ def test_gradients_are_kept_over_a_kill(
     with pytest.raises(Killed):
         quantize(sources["olmoe"], Watched(method("mobie"), 1, Killed()), TOKENS, tmp_path, fingerprint="job")
 
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("gradients were computed again")
-
     monkeypatch.setattr("mobie.pipeline.token_weights", never)
+    report = quantize(sources["olmoe"], method("mobie"), TOKENS, tmp_path, fingerprint="job")
+    assert report.gradient_cpu_seconds > 0  # what they cost the first time
+
+
+# ---- loss gradients that jobs share ----------------------------------------------------------------------------------
+
+
+def shared(source: Path, out: Path, cache: Path, key: str = "model", name: str = "mobie", **changes: Any) -> Any:
+    registered, options = METHODS[name]
+    return quantize(
+        source,
+        build_method(registered, options | changes),
+        TOKENS,
+        out,
+        fingerprint=str(out),
+        gradient_cache=GradientCache(cache, key),
+    )
+
+
+def shards(folder: Path) -> list[dict[str, bytes]]:
+    """Tensors of every block: the metadata names the job."""
+    paths = sorted(folder.glob("block-*.safetensors"))
+    return [{n: t.numpy().tobytes() for n, t in read_tensors(path)[0].items()} for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("name", "keeps_guided"), [("mobie", True), ("mobie", False), ("mobie-right", True), ("mobie-router", True)]
+)
+def test_shared_gradients_change_no_byte_and_are_computed_once(
+    name: str, keeps_guided: bool, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = quantize(sources["olmoe"], method(name), TOKENS, tmp_path / "alone", fingerprint="job")
+    assert alone.gradients_shared is False
+    if not keeps_guided:
+        monkeypatch.setattr("mobie.calibration.shared.LARGEST_GUIDED", 0)
+    first = shared(sources["olmoe"], tmp_path / "first", tmp_path / "cache", name=name)
+    (folder,) = (tmp_path / "cache").iterdir()
+    expected = {"000.safetensors", "001.safetensors", "cost.json"}
+    expected |= {"guided-000.safetensors", "guided-001.safetensors"} if keeps_guided else set()
+    assert {path.name for path in folder.iterdir()} == expected
+    before = weight_files(folder)
+    monkeypatch.setattr("mobie.pipeline.token_weights", never)
+    if keeps_guided:
+        monkeypatch.setattr("mobie.pipeline.GuidedHessians", never)
+    second = shared(sources["olmoe"], tmp_path / "second", tmp_path / "cache", name=name)
+    assert shards(tmp_path / "alone") == shards(tmp_path / "first") == shards(tmp_path / "second")
+    assert weight_files(folder) == before
+    assert (first.gradients_shared, second.gradients_shared) == (False, True)
+    assert first.gradient_cpu_seconds == second.gradient_cpu_seconds > 0
+    for got, entry in zip(second.blocks, first.blocks, strict=True):
+        assert got["pairs_without_gradient"] == entry["pairs_without_gradient"]
+        assert got["output_error"] == entry["output_error"]
+
+
+def test_a_block_counts_shared_guided_hessians_with_what_they_cost(sources: dict[str, Path], tmp_path: Path) -> None:
+    shared(sources["olmoe"], tmp_path / "first", tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    path = folder / "guided-001.safetensors"
+    tensors, metadata = read_tensors(path)
+    save_checked(path, tensors, metadata["fingerprint"], metadata["notes"] | {"cpu_seconds": 1000.0})
+    second = shared(sources["olmoe"], tmp_path / "second", tmp_path / "cache")
+    assert second.blocks[0]["cpu_seconds"] < 1000 <= second.blocks[1]["cpu_seconds"]
+
+
+def test_gradients_are_shared_by_those_that_need_the_same_and_nobody_else(sources: dict[str, Path]) -> None:
+    model, adapter = load_full_precision(sources["olmoe"]), Adapter("olmoe")
+
+    def key(source: str = "model", batch: int = 8, **options: Any) -> str:
+        return GradientCache(Path(), source).key(model, adapter, build_method("mobie", options), batch)
+
+    base = key()
+    assert base == key(regularization=0.3, nges=False, salient_share=0.1, iterations=1, basis_bits=16)
+    identity = key(gradient_at="output")
+    assert identity == key(shared_side="right") == key(joint_svd="off")  # read at the output as well
+    others = [key(gradient_groups=2), key(joint_svd="fused_gate_up"), key(router="binarized"), key(rank=3)]
+    others += [key("other calibration tokens"), key(batch=4)]
+    assert len({base, identity, *others}) == 8
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[0, 0, 0] += 1
+    assert key() != base  # another basis
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("000.safetensors", "bit"),
+        ("000.safetensors", "cut"),
+        ("guided-001.safetensors", "bit"),
+        ("guided-001.safetensors", "gone"),
+        ("cost.json", "cut"),
+    ],
+)
+def test_damaged_shared_gradients_are_computed_again(
+    file: str, damage: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    shared(sources["olmoe"], tmp_path / "first", tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    path = folder / file
+    before = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        flipped = before[:-3] + bytes([before[-3] ^ 64]) + before[-2:]
+        path.write_bytes(flipped if damage == "bit" else before[: len(before) // 2])
+    # without the guided Hessians of another block the token weights are needed as well
+    (folder / "guided-000.safetensors").unlink()
+    shared(sources["olmoe"], tmp_path / "second", tmp_path / "cache")
+    assert shards(tmp_path / "first") == shards(tmp_path / "second")
+    if file == "000.safetensors":
+        assert path.read_bytes() == before
+    third = shared(sources["olmoe"], tmp_path / "third", tmp_path / "cache")
+    assert third.gradients_shared
+
+
+@pytest.mark.parametrize("where", ["token_weights", "save_block"])
+def test_two_jobs_at_once_do_each_other_no_harm(
+    where: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole second job runs while the first has computed its gradients, or is between two blocks."""
+    alone = tmp_path / "alone"
+    quantize(sources["olmoe"], method("mobie"), TOKENS, alone, fingerprint="job")
+    original = getattr(pipeline, where)
+
+    def interrupted(*arguments: Any) -> Any:
+        result = original(*arguments)
+        monkeypatch.setattr(pipeline, where, original)
+        if not (tmp_path / "second").exists():
+            shared(sources["olmoe"], tmp_path / "second", tmp_path / "cache")
+        return result
+
+    monkeypatch.setattr(pipeline, where, interrupted)
+    shared(sources["olmoe"], tmp_path / "first", tmp_path / "cache")
+    assert shards(alone) == shards(tmp_path / "first") == shards(tmp_path / "second")
+    assert shared(sources["olmoe"], tmp_path / "third", tmp_path / "cache").gradients_shared
+    assert shards(alone) == shards(tmp_path / "third")
+
+
+def test_a_finished_run_and_the_last_block_need_no_stream(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    through = Stream.through
+    monkeypatch.setattr(Stream, "through", lambda self, block: passes.append(1) or through(self, block))
+    quantize(sources["olmoe"], method("mobie"), TOKENS, tmp_path, fingerprint="job")
+    assert len(passes) == 1  # of two blocks
+    monkeypatch.setattr("mobie.pipeline.enter_first_block", never)
     quantize(sources["olmoe"], method("mobie"), TOKENS, tmp_path, fingerprint="job")
 
 

@@ -13,6 +13,9 @@ from mobie.config import default_layout
 from mobie.errors import DataError
 from mobie.paths import Layout
 from mobie.report.readme import PART, PARTS, fill_readme, markdown_table
+from mobie.results import Results
+from mobie.tables import build_table
+from mobie.tables.table import write_table
 
 README = (default_layout().root / "README.md").read_text()
 
@@ -33,6 +36,19 @@ def test_parts_are_rewritten_and_the_rest_is_left(repository: Layout) -> None:
     assert "old" not in first and "| audit | count |" in first
     fill_readme(repository)
     assert path.read_text() == first
+
+
+def test_table2_is_embedded_under_the_readmes_headings_without_the_papers_own(repository: Layout) -> None:
+    paths = write_table(build_table("table2", Results("smoke", repository)), repository)
+    table = next(path for path in paths if path.suffix == ".md").read_text()
+    assert "<details>" in table and "14.37" in table  # the paper's, folded
+    path = repository.root / "README.md"
+    path.write_text("# Project\n\n## Results\n\n<!-- generated: table2 -->\n<!-- end -->\n")
+    assert fill_readme(repository) == ["table2"]
+    text = path.read_text()
+    assert re.findall(r"^#+ ", text, re.MULTILINE) == ["# ", "## ", "### ", "#### "]
+    assert "<details>" not in text and "14.37" not in text
+    assert "| MoBiE " in text and "[1] missing: its job has not run" in text
 
 
 def test_missing_results_and_unknown_parts_are_named(repository: Layout) -> None:

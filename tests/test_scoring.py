@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import socket
 from pathlib import Path
@@ -13,6 +15,7 @@ import yaml
 from mini_wheel import ARC_EASY, HELLASWAG, LAMBADA, PIQA, TEXT, WINOGRANDE, write_mini_wheel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoTokenizer,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -24,11 +27,24 @@ from transformers import (
 
 from mobie.data.lambada import standard_text
 from mobie.data.mirror import write_mirror
+from mobie.data.texts import TEXTS, text_digest
 from mobie.errors import ConfigError, DataError, MeasurementError, UnsupportedError
+from mobie.jobs.data import make_windows, read_windows, windows_path
+from mobie.jobs.keys import Keys, find_source
+from mobie.jobs.score import JOBS
+from mobie.paths import Layout, embedded_model
+from mobie.provenance import file_hash
 from mobie.scoring.perplexity import PerplexityProtocol, perplexity
 from mobie.scoring.routing import RoutingProtocol, compare_routing, record_routing, routing, token_shift
 from mobie.scoring.tasks import TaskScores, TasksProtocol, load_tasks, sample_items, tasks
-from mobie.scoring.windows import WindowProtocol, token_windows
+from mobie.scoring.windows import (
+    WindowProtocol,
+    WindowsOrigin,
+    load_windows,
+    save_windows,
+    token_windows,
+    tokenizer_files_digest,
+)
 
 ROOT = Path(__file__).parents[1]
 GROUP = ROOT / "workflow" / "config" / "lm_eval" / "zero_shot.yaml"
@@ -67,6 +83,10 @@ def model(tokenizer: PreTrainedTokenizerFast) -> OlmoeForCausalLM:
     return olmoe(tokenizer)
 
 
+def cut(tokenizer: PreTrainedTokenizerFast, protocol: WindowProtocol) -> torch.Tensor:
+    return token_windows(DOCUMENTS, tokenizer, protocol)
+
+
 # ---------------------------------------------------------------- windows
 
 
@@ -102,6 +122,130 @@ def test_a_text_shorter_than_a_window_is_refused(tokenizer: PreTrainedTokenizerF
         token_windows(["the cat"], tokenizer, WindowProtocol(text="wiki", window=64))
 
 
+ORIGIN = WindowsOrigin("wiki", "a" * 64, "register", "b" * 64, "c" * 64)
+
+
+def test_windows_come_back_from_their_file_as_they_were_cut(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    for bos in ("none", "text", "window"):
+        windows = cut(tokenizer, WindowProtocol(text="t", window=16, windows=5, bos=bos))
+        save_windows(tmp_path / "w.safetensors", windows, ORIGIN)
+        loaded, origin = load_windows(tmp_path / "w.safetensors", {"text": "wiki", "protocol_sha256": "c" * 64})
+        assert torch.equal(loaded, windows) and loaded.dtype == windows.dtype
+        assert origin == ORIGIN
+
+
+@pytest.mark.parametrize("field", ["text", "source", "tokenizer_sha256", "protocol_sha256", "text_sha256"])
+def test_windows_of_something_else_are_refused(field: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_windows(path, torch.zeros(2, 4, dtype=torch.int64), ORIGIN)
+    with pytest.raises(DataError, match=rf"w\.safetensors: cut from something else: {field} .*expected other; delete"):
+        load_windows(path, {field: "other"})
+
+
+def test_windows_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(DataError, match="no such token windows; run `python -m mobie windows`"):
+        load_windows(path, {})
+    save_windows(path, torch.zeros(2, 4, dtype=torch.int64), ORIGIN)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(DataError, match="not readable token windows.*delete it"):
+        load_windows(path, {})
+
+
+def test_the_windows_digest_covers_what_decides_the_tokens_and_nothing_else() -> None:
+    base = PerplexityProtocol(text="wiki")
+    decide = [{"text": "web"}, {"window": 128}, {"windows": 3}, {"separator": " "}, {"bos": "text"}]
+    assert len({base.model_copy(update=change).windows_digest() for change in decide} | {base.windows_digest()}) == 6
+    for same in ({"batch_size": 1}, {"dtype": "bfloat16"}):
+        assert base.model_copy(update=same).windows_digest() == base.windows_digest()
+    assert RoutingProtocol(text="wiki").windows_digest() == base.windows_digest()
+    assert base.windows_digest().startswith(base.windows_id) and len(base.windows_id) == 12
+
+
+def test_a_tokenizers_digest_is_over_its_files_alone(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no tokenizer file"):
+        tokenizer_files_digest(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    before = tokenizer_files_digest(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert tokenizer_files_digest(tmp_path) == before
+    (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text().replace("the", "teh"))
+    assert tokenizer_files_digest(tmp_path) != before
+
+
+@pytest.fixture
+def windowed(repository: Layout, monkeypatch: pytest.MonkeyPatch) -> Keys:
+    """Keys of the embedded model, with a short text in place of every text's source."""
+    monkeypatch.setattr("mobie.jobs.data.checked_source", lambda name, layout: Path(name))
+    monkeypatch.setattr("mobie.jobs.data.read_text", lambda text, path: [f"{text} {i * i}" for i in range(4000)])
+    return Keys(repository, "smoke", "nano-olmoe", 0, "rtn-w3")
+
+
+def test_the_windows_job_writes_what_the_scores_read(windowed: Keys) -> None:
+    protocols = (*windowed.protocol.perplexity, windowed.protocol.routing, windowed.protocol.shift)
+    written = make_windows(windowed)
+    assert sorted(written) == sorted({windows_path(windowed, part) for part in protocols})
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model("nano-olmoe"))
+    for part in protocols:
+        documents = [f"{part.text} {i * i}" for i in range(4000)]
+        windows, hashes = read_windows(windowed, part, embedded_model("nano-olmoe"))
+        assert torch.equal(windows, token_windows(documents, tokenizer, part))
+        path = windows_path(windowed, part)
+        assert path.name == f"{part.text}-{part.windows_digest()[:12]}.safetensors"
+        assert hashes == {f"text {part.text}": text_digest(documents), f"windows {part.text}": file_hash(path)}
+
+
+def test_one_text_or_one_protocol_can_be_cut_alone(windowed: Keys) -> None:
+    routing_protocol = windowed.protocol.routing
+    (only,) = make_windows(windowed, routing_protocol.text, routing_protocol.windows_id)
+    assert only == windows_path(windowed, routing_protocol)
+    assert [path.name for path in only.parent.iterdir()] == [only.name]
+    with pytest.raises(ConfigError, match=f"no windows of text 'wkii'.*{routing_protocol.windows_id}"):
+        make_windows(windowed, "wkii")
+
+
+def test_windows_of_another_tokenizer_or_source_are_refused(
+    windowed: Keys, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    part = windowed.protocol.perplexity[0]
+    with pytest.raises(DataError, match="no such token windows; run `python -m mobie windows`"):
+        read_windows(windowed, part, embedded_model("nano-olmoe"))
+    make_windows(windowed)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="cut from something else: tokenizer_sha256"):
+        read_windows(windowed, part, tmp_path)
+    register = windowed.layout.sources
+    name = TEXTS[part.text].source
+    version = find_source(name, windowed.layout).version
+    register.write_text(register.read_text().replace(f",{version},", ",99,"))
+    with pytest.raises(DataError, match="cut from something else: source"):
+        read_windows(windowed, part, embedded_model("nano-olmoe"))
+
+
+def test_the_perplexity_job_keeps_the_losses_of_all_windows(
+    windowed: Keys, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    shape = SMALL | {"vocab_size": 4096, "max_position_embeddings": 256}
+    model = OlmoeForCausalLM(OlmoeConfig(**shape, num_experts=4)).eval()
+    monkeypatch.setattr("mobie.jobs.score._checkpoint", lambda keys, method: (embedded_model("nano-olmoe"), "hash"))
+    monkeypatch.setattr("mobie.jobs.score._load", lambda folder, dtype: (model, None))
+    path = windowed.layout.config_file("protocols", "smoke")
+    path.write_text(path.read_text().replace("windows: 64", "windows: 3"))
+    make_windows(windowed)
+    job = JOBS["perplexity"](windowed)
+    scores = job.measure()
+    texts = {part.text for part in windowed.protocol.perplexity}
+    assert set(job.inputs) == {"checkpoint", *(f"{kind} {text}" for kind in ("text", "windows") for text in texts)}
+    assert scores.details["window_tokens"] == dict.fromkeys(texts, 255)
+    assert set(scores.details["window_nll"]) == texts
+    for measurement in scores.measurements:
+        losses = scores.details["window_nll"][measurement.name.removesuffix(".perplexity")]
+        assert len(losses) == len(set(losses)) == 3
+        assert measurement.value == pytest.approx(math.exp(sum(losses) / 3), rel=1e-14)
+    assert json.loads(json.dumps(scores.details)) == scores.details  # no digit is lost in a record
+
+
 # ---------------------------------------------------------------- protocols
 
 
@@ -126,7 +270,7 @@ def test_the_repositorys_protocols_are_valid_and_name_known_texts_and_tasks(name
     texts = [PerplexityProtocol(**part) for part in raw["perplexity"]] + [RoutingProtocol(**raw["routing"])]
     assert {part.text for part in texts} <= set(TEXTS)
     assert TasksProtocol(**raw["tasks"]).tasks == SEVEN
-    assert set(raw) == {"perplexity", "tasks", "routing"}
+    assert set(raw) == {"perplexity", "tasks", "hard", "routing", "shift", "cka", "generations"}
 
 
 # ---------------------------------------------------------------- perplexity
@@ -139,42 +283,59 @@ def test_perplexity_is_the_exponential_of_the_models_own_loss(
     windows = token_windows(DOCUMENTS, tokenizer, protocol)
     with torch.no_grad():
         losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in windows]
-    got = perplexity(model, tokenizer, DOCUMENTS, protocol)
+    got = perplexity(model, windows, protocol).measurement
     assert got.name == "t.perplexity" and got.n == 7 * 31 and got.chance is None
     assert got.value == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
     # delta method: |d exp(m)/dm| times the standard error of the mean loss
     assert got.stderr == pytest.approx(math.exp(np.mean(losses)) * np.std(losses, ddof=1) / math.sqrt(7), rel=1e-3)
 
 
+def test_window_losses_are_the_perplexity_s_and_the_library_s(
+    model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    protocol = PerplexityProtocol(text="t", window=32, windows=7, batch_size=3)
+    windows = cut(tokenizer, protocol)
+    got = perplexity(model, windows, protocol)
+    assert got.measurement.value == pytest.approx(math.exp(math.fsum(got.window_nll) / 7), rel=1e-14)
+    assert got.window_tokens == 31 and got.measurement.n == got.window_tokens * len(got.window_nll)
+    double = copy.deepcopy(model).double()
+    double.set_experts_implementation("eager")
+    with torch.no_grad():
+        for row, loss in zip(windows, got.window_nll, strict=True):
+            probabilities = double(input_ids=row[None]).logits[0, :-1].softmax(-1)
+            assert loss == pytest.approx(-float(probabilities[range(31), row[1:]].log().mean()), rel=1e-5)
+
+
 def test_the_batch_size_does_not_change_a_perplexity(
     model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    values = [
-        perplexity(model, tokenizer, DOCUMENTS, PerplexityProtocol(text="t", window=32, batch_size=size)).value
-        for size in (1, 4, 100)
-    ]
+    protocols = [PerplexityProtocol(text="t", window=32, batch_size=size) for size in (1, 4, 100)]
+    values = [perplexity(model, cut(tokenizer, p), p).measurement.value for p in protocols]
     assert values == pytest.approx([values[0]] * 3, rel=1e-5)
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
     uniform = olmoe(tokenizer)
     torch.nn.init.zeros_(uniform.lm_head.weight)
-    got = perplexity(uniform, tokenizer, DOCUMENTS, PerplexityProtocol(text="t", window=32))
+    protocol = PerplexityProtocol(text="t", window=32)
+    got = perplexity(uniform, cut(tokenizer, protocol), protocol).measurement
     assert got.value == pytest.approx(len(tokenizer), rel=1e-6)
     assert got.stderr == pytest.approx(0, abs=1e-3)
 
 
 def test_a_single_window_has_no_standard_error(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    assert perplexity(model, tokenizer, DOCUMENTS, PerplexityProtocol(text="t", window=32, windows=1)).stderr is None
+    protocol = PerplexityProtocol(text="t", window=32, windows=1)
+    assert perplexity(model, cut(tokenizer, protocol), protocol).measurement.stderr is None
 
 
 def test_models_that_do_not_fit_the_protocol_are_refused(
     model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    half, long = PerplexityProtocol(text="t", dtype="bfloat16"), PerplexityProtocol(text="t", window=256)
     with pytest.raises(ConfigError, match="float32, the protocol says bfloat16"):
-        perplexity(model, tokenizer, DOCUMENTS, PerplexityProtocol(text="t", dtype="bfloat16"))
+        perplexity(model, cut(tokenizer, half), half)
     with pytest.raises(ConfigError, match="windows of 256 tokens exceed the model's context of 128; use 128 or less"):
-        perplexity(model, tokenizer, DOCUMENTS, PerplexityProtocol(text="t", window=256))
+        perplexity(model, cut(tokenizer, long), long)
 
 
 def test_a_destroyed_model_is_an_error_not_a_number(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -183,11 +344,11 @@ def test_a_destroyed_model_is_an_error_not_a_number(tokenizer: PreTrainedTokeniz
         broken.lm_head.weight[0] = math.nan
     protocol = PerplexityProtocol(text="t", window=32, windows=4)
     with pytest.raises(MeasurementError, match="not finite in 4 of 4 windows"):
-        perplexity(broken, tokenizer, DOCUMENTS, protocol)
+        perplexity(broken, cut(tokenizer, protocol), protocol)
     with torch.no_grad():
         broken.lm_head.weight.copy_(torch.randn_like(broken.lm_head.weight) * 1e6)
     with pytest.raises(MeasurementError, match="too large for exp"):
-        perplexity(broken, tokenizer, DOCUMENTS, protocol)
+        perplexity(broken, cut(tokenizer, protocol), protocol)
 
 
 # ---------------------------------------------------------------- routing
@@ -197,15 +358,15 @@ ROUTING = RoutingProtocol(text="t", window=16, windows=6, batch_size=4)
 
 
 def test_identical_models_route_identically(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    for measurement in routing(model, model, tokenizer, DOCUMENTS, ROUTING):
+    for measurement in routing(model, model, cut(tokenizer, ROUTING), ROUTING):
         assert measurement.value == (0 if measurement.name.endswith("expert_shift") else 1)
         assert measurement.stderr == 0
 
 
 def test_routing_against_brute_force(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     other = olmoe(tokenizer, seed=1)
-    recordings = [record_routing(m, tokenizer, DOCUMENTS, ROUTING) for m in (model, other)]
-    got = {m.name: m for m in routing(model, other, tokenizer, DOCUMENTS, ROUTING)}
+    recordings = [record_routing(m, cut(tokenizer, ROUTING), ROUTING) for m in (model, other)]
+    got = {m.name: m for m in routing(model, other, cut(tokenizer, ROUTING), ROUTING)}
     for layer in range(2):
         similarity, shift = np.zeros((6, 16)), np.zeros((6, 16))
         for window in range(6):
@@ -248,7 +409,8 @@ def test_recorded_logits_are_those_the_routers_give(family: str, tokenizer: PreT
         )
         for layer in model.model.layers
     ]
-    got = record_routing(model, tokenizer, DOCUMENTS, ROUTING.model_copy(update={"batch_size": 6}))
+    protocol = ROUTING.model_copy(update={"batch_size": 6})
+    got = record_routing(model, cut(tokenizer, protocol), protocol)
     for hook in hooks:
         hook.remove()
     assert got.shape == (2, 6, 16, 4)
@@ -267,7 +429,7 @@ def test_recordings_that_cannot_be_compared_are_refused(tokenizer: PreTrainedTok
     shape = {k: v for k, v in SMALL.items() if k != "num_experts_per_tok"}
     dense = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer), pad_token_id=0))
     with pytest.raises(UnsupportedError, match="LlamaForCausalLM gives no router logits"):
-        record_routing(dense, tokenizer, DOCUMENTS, ROUTING)
+        record_routing(dense, cut(tokenizer, ROUTING), ROUTING)
 
 
 # ---------------------------------------------------------------- tasks

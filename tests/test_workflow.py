@@ -13,10 +13,14 @@ import yaml
 
 from mobie.config import load_suite, method_classes
 from mobie.errors import ConfigError
+from mobie.figures import FIGURES, figure_records
 from mobie.jobs import stale
 from mobie.jobs.keys import Keys, model_files
+from mobie.jobs.score import REFERENCE
 from mobie.paths import PACKAGE, Layout
 from mobie.records import Record, write_record
+from mobie.tables import TABLES, table_records
+from mobie.verdicts import verdict_records
 
 
 def snakemake(root: Path, *arguments: str, path: Path = PACKAGE.parent) -> subprocess.CompletedProcess[str]:
@@ -44,17 +48,35 @@ def no_torch(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_smoke_suite_resolves_without_torch(repository: Layout, no_torch: Path) -> None:
-    jobs = planned(snakemake(repository.root, "-n", path=no_torch))
+@pytest.mark.parametrize("suite", ["smoke", "paper"])
+def test_a_suite_resolves_whole_without_torch(repository: Layout, no_torch: Path, suite: str) -> None:
+    jobs = planned(snakemake(repository.root, "-n", "--config", f"suite={suite}", path=no_torch))
+    assert jobs["table"] == len(TABLES)
+    assert jobs["figure"] == len(FIGURES)
+    assert jobs["claims"] == jobs["report"] == jobs["audit"] == 1
+    assert "train_nano" not in jobs
+    wanted = {path for name in TABLES for path in table_records(name, suite, repository)}
+    wanted |= {path for name in FIGURES for path in figure_records(name, suite, repository)}
+    wanted |= set(verdict_records(suite, repository))
+    for kind in stale.SCORERS:
+        assert jobs[f"score_{kind}"] == sum(path.name == f"{kind}.json" for path in wanted), kind
+    runs = {path.parent for path in wanted}
+    references = {path.parents[2] / REFERENCE / path.parent.name for path in wanted if path.name == "routing.json"}
+    assert jobs["quantize"] == len(runs | references)
+
+
+def test_table2_of_the_smoke_suite_needs_its_own_records_only(repository: Layout) -> None:
+    jobs = planned(snakemake(repository.root, "-n", "results/table2.csv"))
     methods = len(load_suite("smoke", repository).methods)
     for rule in ("quantize", "score_perplexity", "score_tasks", "score_routing"):
         assert jobs[rule] == methods
-    assert jobs["fetch_wheel"] == jobs["mirror"] == jobs["calibrate"] == jobs["table2"] == 1
-    assert "train_nano" not in jobs
+    assert jobs["fetch_wheel"] == jobs["mirror"] == jobs["calibrate"] == jobs["table"] == 1
+    assert jobs["windows"] == 4  # three texts for perplexity, one for routing
+    assert "score_hard" not in jobs and "figure" not in jobs
 
 
-def test_the_paper_suite_resolves_without_torch(repository: Layout, no_torch: Path) -> None:
-    jobs = planned(snakemake(repository.root, "-n", "--config", "suite=paper", path=no_torch))
+def test_table2_of_the_paper_suite_fetches_its_models_and_data(repository: Layout) -> None:
+    jobs = planned(snakemake(repository.root, "-n", "--config", "suite=paper", "--", "results/table2.csv"))
     suite = load_suite("paper", repository)
     assert jobs["quantize"] == len(suite.methods) * len(suite.models) == 24
     assert jobs["fetch_model"] == jobs["calibrate"] == 3
@@ -98,14 +120,15 @@ def test_a_finished_table_needs_no_job_until_something_that_decides_it_changes(r
     for kind in ("quantize", "perplexity", "tasks", "routing"):
         write_record(keys.record(kind), Record(kind, "failed", "not tried", "smoke", "nano-olmoe", "rtn-w3", 0, "p"))
     # only the table runs: its inputs are taken as they are
-    built = snakemake(root, "--cores", "1", "--allowed-rules", "table2", "--rerun-triggers", "params", "mtime")
+    target = ("--", "results/table2.csv")
+    built = snakemake(root, "--cores", "1", "--allowed-rules", "table", "--rerun-triggers", "params", "mtime", *target)
     assert built.returncode == 0, built.stdout + built.stderr
-    again = snakemake(root, "-n", "--allowed-rules", "table2")
+    again = snakemake(root, "-n", "--allowed-rules", "table", *target)
     assert "Nothing to be done" in again.stdout + again.stderr, again.stdout + again.stderr
     label = repository.config_file("methods", "rtn-w3")
     label.write_text(yaml.safe_dump(yaml.safe_load(label.read_text()) | {"label": "Nearest"}))
-    changed = snakemake(root, "-n", "--allowed-rules", "table2")
-    assert planned(changed)["table2"] == 1
+    changed = snakemake(root, "-n", "--allowed-rules", "table", *target)
+    assert planned(changed)["table"] == 1
 
 
 def test_methods_found_by_syntax_are_those_that_register() -> None:

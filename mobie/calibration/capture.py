@@ -251,6 +251,24 @@ class BlockStatistics(_BlockObserver):
         return BankStats(experts | {"up": experts["gate"]}, pooled | {"up": pooled["gate"]})
 
 
+@dataclass(frozen=True)
+class Guided:
+    """Guided Hessians of one block (eq. 8).
+
+    linears:     name → `(groups, in, in)`, `2/n · Σ_t w_tg x_t x_tᵀ`.
+    experts:     projection → `(experts, groups, in, in)`, each over the tokens of its expert.
+    pooled:      projection → `(groups, in, in)`, over the tokens of all experts; a token counts once per expert.
+    unmatched:   (token, expert) pairs that the gradient pass did not route.
+    cpu_seconds: what it took to compute them.
+    """
+
+    linears: Mapping[str, Tensor]
+    experts: Mapping[str, Tensor]
+    pooled: Mapping[str, Tensor]
+    unmatched: int
+    cpu_seconds: float = 0.0
+
+
 class GuidedHessians(_BlockObserver):
     """Hessians weighted by squared loss gradients (eq. 8), one per Linear or (projection, expert), and channel group.
 
@@ -291,17 +309,15 @@ class GuidedHessians(_BlockObserver):
             self.unmatched += int((~routed.any(1)).sum())
             self._counts[expert] += len(token)
 
-    def linear_guided(self) -> dict[str, Tensor]:
-        """`(groups, in, in)` by name, `2/n · Σ_t w_tg x_t x_tᵀ`."""
-        return {name: 2 / self._tokens * gram for name, gram in self._linears.items()}
-
-    def expert_guided(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per projection `(experts, groups, in, in)`, and the same over the tokens of all experts, `(groups, in, in)`.
-
-        A token counts once per expert that it goes to.
-        """
+    def result(self) -> Guided:
+        """The Hessians so far."""
+        linears = {name: 2 / self._tokens * gram for name, gram in self._linears.items()}
+        if self._counts is None:
+            return Guided(linears, {}, {}, self.unmatched)
         count = self._counts.clamp(min=1)[:, None, None, None]
-        return {name: (2 / count * gram, 2 / self._counts.sum() * gram.sum(0)) for name, gram in self._experts.items()}
+        experts = {name: 2 / count * gram for name, gram in self._experts.items()}
+        pooled = {name: 2 / self._counts.sum() * gram.sum(0) for name, gram in self._experts.items()}
+        return Guided(linears, experts, pooled, self.unmatched)
 
 
 def _add_weighted(grams: Tensor, x: Tensor, token_weights: Tensor) -> None:

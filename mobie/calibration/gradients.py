@@ -8,17 +8,30 @@ underflow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mobie.calibration.capture import TokenWeights, observe_experts
 from mobie.calibration.pooling import pool_channels
+from mobie.errors import DataError
 from mobie.methods.base import Method
 from mobie.models.base import Adapter
 from mobie.packing.checkpoint import read_tensors, save_tensors
+
+
+def content_digest(tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> str:
+    """SHA-256 of names, shapes, types and bytes of tensors, and of JSON values."""
+    hashed = hashlib.sha256(json.dumps(dict(notes or {}), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 class _LayerGradients:
@@ -108,7 +121,32 @@ def save_token_weights(path: Path, weights: TokenWeights, fingerprint: str) -> N
     tensors |= {f"experts.{n}": t for n, t in weights.experts.items()}
     if weights.top_k_index is not None:
         tensors["top_k_index"] = weights.top_k_index
-    save_tensors(path, tensors, {"fingerprint": fingerprint})
+    save_checked(path, tensors, fingerprint, {})
+
+
+def save_checked(path: Path, tensors: Mapping[str, Tensor], fingerprint: str, notes: Mapping[str, Any]) -> None:
+    """Write tensors with what they belong to, a hash of their content, and JSON values. Raises `StorageError`."""
+    sealed = content_digest(tensors, notes)
+    save_tensors(path, tensors, {"fingerprint": fingerprint, "notes": notes, "sha256": sealed})
+
+
+def load_checked(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and notes of `save_checked`, or None where they are absent or belong to something else.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    tensors, metadata = read_tensors(path)
+    if metadata.get("fingerprint") != fingerprint:
+        return None
+    if content_digest(tensors, metadata.get("notes", {})) != metadata.get("sha256"):
+        raise DataError(
+            f"{path}: its content is not what was written, expected that of the hash in its header; delete it and run "
+            "the same command again"
+        )
+    return tensors, metadata["notes"]
 
 
 def load_token_weights(path: Path, fingerprint: str) -> TokenWeights | None:
@@ -117,11 +155,10 @@ def load_token_weights(path: Path, fingerprint: str) -> TokenWeights | None:
     Raises:
         DataError: the file is damaged.
     """
-    if not path.exists():
+    loaded = load_checked(path, fingerprint)
+    if loaded is None:
         return None
-    tensors, metadata = read_tensors(path)
-    if metadata["fingerprint"] != fingerprint:
-        return None
+    tensors, _ = loaded
     index = tensors.pop("top_k_index", None)
     by_part: dict[str, dict[str, Tensor]] = {"linears": {}, "experts": {}}
     for name, tensor in tensors.items():

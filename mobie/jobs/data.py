@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mobie.config import Calibration
 from mobie.data.texts import TEXTS, read_text, text_digest
 from mobie.errors import ConfigError, DataError, unknown_name
 from mobie.jobs.keys import Keys, checked_source, find_source, model_folder
@@ -13,6 +14,11 @@ from mobie.paths import Layout, embedded_model
 from mobie.provenance import file_hash
 from mobie.sources import fetch
 from mobie.storage import storage_errors, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mobie.scoring.windows import WindowProtocol
 
 
 def fetch_source(name: str, layout: Layout) -> Path:
@@ -66,8 +72,8 @@ def build_mirror(name: str, layout: Layout) -> Path:
     return layout.mirror_stamp
 
 
-def calibrate(keys: Keys) -> Path:
-    """Draw the calibration tokens of a model.
+def calibrate(keys: Keys, settings: Calibration) -> Path:
+    """Draw calibration tokens for a model.
 
     Raises:
         ConfigError, DataError, StorageError: unknown text, text or model not there, disk that cannot be written.
@@ -76,18 +82,93 @@ def calibrate(keys: Keys) -> Path:
 
     from mobie.calibration.tokens import TokensOrigin, calibration_tokens, save_tokens, tokenizer_digest
 
-    settings = keys.model_config.calibration
     if settings.text not in TEXTS:
-        path = keys.layout.config_file("models", keys.model)
-        raise ConfigError(f"{path}: {unknown_name('text', settings.text, TEXTS)}")
+        raise ConfigError(f"calibration of {keys.model}: {unknown_name('text', settings.text, TEXTS)}")
     documents = read_text(settings.text, checked_source(TEXTS[settings.text].source, keys.layout))
     tokenizer = AutoTokenizer.from_pretrained(model_folder(keys), local_files_only=True)
     tokens = calibration_tokens(
         documents, tokenizer, sequences=settings.sequences, length=settings.length, seed=keys.seed
     )
     origin = TokensOrigin(settings.text, text_digest(documents), tokenizer_digest(tokenizer), keys.seed)
-    save_tokens(keys.calibration, tokens, origin)
-    return keys.calibration
+    path = keys.calibration_file(settings)
+    save_tokens(path, tokens, origin)
+    return path
+
+
+def window_protocols(keys: Keys) -> tuple[WindowProtocol, ...]:
+    """The window protocols of a suite's scores, one for each set of windows."""
+    parts: tuple[WindowProtocol, ...] = (*keys.protocol.perplexity, keys.protocol.routing, keys.protocol.shift)
+    return tuple({part.windows_digest(): part for part in parts}.values())
+
+
+def windows_path(keys: Keys, protocol: WindowProtocol) -> Path:
+    """File of a model's token windows under a protocol."""
+    return keys.layout.windows(keys.suite, keys.model, protocol.text, protocol.windows_id)
+
+
+def make_windows(keys: Keys, text: str | None = None, protocol: str | None = None) -> list[Path]:
+    """Cut the suite's texts into token windows with a model's tokenizer; returns the files.
+
+    `text` and `protocol` (a `windows_id`) choose among the windows that the suite's scores read.
+
+    Raises:
+        ConfigError: the suite reads no such windows, or a text is unknown.
+        DataError, StorageError: text or model not there, text too short, disk that cannot be written.
+    """
+    from transformers import AutoTokenizer
+
+    from mobie.scoring.windows import WindowsOrigin, save_windows, token_windows, tokenizer_files_digest
+
+    known = window_protocols(keys)
+    chosen = [p for p in known if text in (None, p.text) and protocol in (None, p.windows_id)]
+    if not chosen:
+        raise ConfigError(
+            f"suite {keys.suite} reads no windows of text {text!r} with protocol {protocol!r}, expected one of "
+            + ", ".join(f"{p.text} {p.windows_id}" for p in known)
+        )
+    folder = model_folder(keys)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for part in chosen:
+        if part.text not in TEXTS:
+            raise ConfigError(unknown_name("text", part.text, TEXTS))
+        documents = read_text(part.text, checked_source(TEXTS[part.text].source, keys.layout))
+        origin = WindowsOrigin(
+            part.text,
+            text_digest(documents),
+            source_identity(part.text, keys.layout),
+            tokenizer_files_digest(folder),
+            part.windows_digest(),
+        )
+        save_windows(windows_path(keys, part), token_windows(documents, tokenizer, part), origin)
+    return [windows_path(keys, part) for part in chosen]
+
+
+def source_identity(text: str, layout: Layout) -> str:
+    """What the register says of a text's source: name, version and, where known, the hash."""
+    source = find_source(TEXTS[text].source, layout)
+    return " ".join([source.name, source.version, source.sha256 or "unhashed"])
+
+
+def read_windows(keys: Keys, protocol: WindowProtocol, folder: Path) -> tuple[Tensor, dict[str, str]]:
+    """Token windows for the model or checkpoint in `folder`, and what a record says they are: text digest, file hash.
+
+    Raises:
+        ConfigError: unknown text.
+        DataError: no windows, damaged ones, or windows of another text, source, tokenizer or protocol.
+    """
+    from mobie.scoring.windows import load_windows, tokenizer_files_digest
+
+    if protocol.text not in TEXTS:
+        raise ConfigError(unknown_name("text", protocol.text, TEXTS))
+    path = windows_path(keys, protocol)
+    expected = {
+        "text": protocol.text,
+        "source": source_identity(protocol.text, keys.layout),
+        "tokenizer_sha256": tokenizer_files_digest(folder),
+        "protocol_sha256": protocol.windows_digest(),
+    }
+    windows, origin = load_windows(path, expected)
+    return windows, {f"text {protocol.text}": origin.text_sha256, f"windows {protocol.text}": file_hash(path)}
 
 
 def train_nano(layout: Layout, *, steps: int | None, install: bool) -> dict[str, Any]:

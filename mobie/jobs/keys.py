@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobie.config import (
+    Calibration,
     MethodConfig,
     ModelConfig,
     ProtocolConfig,
@@ -48,8 +49,17 @@ class Keys:
         return load_protocol(self.suite_config.protocol, self.layout)
 
     @property
+    def calibration_config(self) -> Calibration:
+        """The model's calibration with the method's changes."""
+        calibration = self.model_config.calibration
+        return self.method_config.calibration.apply(calibration) if self.method else calibration
+
+    @property
     def calibration(self) -> Path:
-        c = self.model_config.calibration
+        return self.calibration_file(self.calibration_config)
+
+    def calibration_file(self, c: Calibration) -> Path:
+        """Tokens drawn under a calibration with this seed."""
         return self.layout.calibration(self.suite, self.model, c.text, c.sequences, c.length, self.seed)
 
     @property

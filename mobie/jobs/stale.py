@@ -9,13 +9,19 @@ import ast
 from functools import lru_cache
 
 from mobie.errors import ConfigError, unknown_name
-from mobie.paths import PACKAGE
-from mobie.provenance import code_hash
+from mobie.paths import PACKAGE, Layout
+from mobie.provenance import code_hash, digest, file_hash
+
+CONFIG_FOLDERS = ("suites", "models", "methods", "protocols")
 
 SCORERS = {
-    "perplexity": ("mobie.scoring.perplexity", "mobie.data.texts"),
+    "perplexity": ("mobie.scoring.perplexity",),
     "tasks": ("mobie.scoring.tasks",),
-    "routing": ("mobie.scoring.routing", "mobie.data.texts"),
+    "hard": ("mobie.scoring.hard",),
+    "routing": ("mobie.scoring.routing",),
+    "shift": ("mobie.scoring.shift",),
+    "cka": ("mobie.scoring.cka",),
+    "generations": ("mobie.scoring.generations",),
 }
 
 
@@ -52,6 +58,11 @@ def quantize_code(method: str) -> str:
     return code_hash(["mobie.pipeline", modules[method]])
 
 
+def gradient_code() -> str:
+    """Digest of the code that computes loss gradients and guided Hessians; no method is in it."""
+    return code_hash(["mobie.pipeline"])
+
+
 def score_code(kind: str) -> str:
     """Digest of the code behind a kind of score."""
     return code_hash(["mobie.packing.checkpoint", *SCORERS[kind]])
@@ -61,9 +72,18 @@ def calibrate_code() -> str:
     return code_hash(["mobie.calibration.tokens", "mobie.data.texts"])
 
 
+def windows_code() -> str:
+    return code_hash(["mobie.scoring.windows", "mobie.data.texts"])
+
+
 def mirror_code() -> str:
     return code_hash(["mobie.data.mirror"])
 
 
-def table2_code() -> str:
-    return code_hash(["mobie.tables.table2"])
+def target_state(module: str, suite: str, layout: Layout) -> str:
+    """Digest of what decides a table, a figure, verdicts or the report beside records: code, configuration, data."""
+    config = sorted(path for folder in CONFIG_FOLDERS for path in (layout.config / folder).glob("*.yaml"))
+    data = sorted(path for path in (PACKAGE / "paper").rglob("*") if path.suffix in {".csv", ".yaml"})
+    data += sorted((PACKAGE / "report" / "templates").iterdir())
+    files = {f"{path.parent.name}/{path.name}": file_hash(path) for path in (*config, *data)}
+    return digest([code_hash([module]), suite, files])

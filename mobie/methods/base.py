@@ -97,6 +97,8 @@ class Method(ABC):
     """Base of all methods; subclasses add their options as dataclass fields."""
 
     name: ClassVar[str]
+    #: whether the method looks at input statistics at all, or its error is worth measuring on them
+    needs_statistics: ClassVar[bool] = True
 
     @property
     def needs_gradients(self) -> bool:

@@ -5,20 +5,28 @@ W: weights (out, in)   H: Hessian of the inputs (in, in)   U: upper triangular w
 A block of 128 columns is split into salient columns and two magnitude groups of the rest, its parts are binarized by
 the method's own fit, and the error is handed on to the columns behind the block; inside a block nothing is updated. The
 splits are searched by error, with the closed-form fit in place of the method's own.
+
+Two parts of MoBiE can be plugged in (section B.4.7): GLAS as the source of the saliency, and NGES, which multiplies the
+rows and columns of a binarized Ŵ by factors β_r and β_c:
+
+    β_r · (mu + Σ_k alpha_k · B_k) · β_c
+
+β_r goes into the row scales and the means. β_c goes into the column scales of ARB-RC; BiLLM, ARB and ARB-X have none,
+and a mean is not scaled by column, so there β_c is stored by itself, 16 bits for each column.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mobie.errors import ConfigError, DataError
-from mobie.methods.base import LinearStats, Method
+from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
 from mobie.methods.hessian import (
     Feedback,
     SaliencyRule,
@@ -28,6 +36,7 @@ from mobie.methods.hessian import (
     saliency_denominator,
     scaled_saliency_denominator,
 )
+from mobie.packing.bank import PackedBank
 from mobie.packing.binary import BinaryMatrix, Segment, to_half
 
 #: quantiles of the magnitudes that are tried as border between the two groups
@@ -62,6 +71,15 @@ class Fit:
             dense = dense + groups.select(scale) * signs
         return dense
 
+    def scaled(self, row: Tensor, column: Tensor) -> Fit:
+        """The fit times `row` `(out,)` and, where it has column scales, times `column` `(n,)`."""
+        return replace(
+            self,
+            row_scale=self.row_scale * row,
+            mean=None if self.mean is None else self.mean * row,
+            column_scale=None if self.column_scale is None else self.column_scale * column,
+        )
+
 
 @dataclass(frozen=True)
 class Split:
@@ -69,6 +87,42 @@ class Split:
 
     salient: Tensor
     second_group: Tensor
+
+
+@dataclass(frozen=True)
+class Binarization:
+    """A matrix `(out, in)` binarized block by block, its scales not rounded yet.
+
+    salient:      `(in,)` bool.
+    plain, extra: a fit per block, of the columns that are not salient and of those that are.
+    """
+
+    salient: Tensor
+    plain: tuple[Fit, ...]
+    extra: tuple[Fit, ...]
+
+    def dense(self) -> Tensor:
+        """Values `(out, in)`, with the scales as they will be stored, in float16."""
+        dense = torch.empty(self.plain[0].signs.shape[1], len(self.salient), device=self.salient.device)
+        dense[:, ~self.salient] = torch.cat([fit.dense() for fit in self.plain], dim=1)
+        dense[:, self.salient] = torch.cat([fit.dense() for fit in self.extra], dim=1)
+        return dense
+
+    def pack(self, block_size: int, factors: tuple[Tensor, Tensor] | None = None) -> BinaryMatrix:
+        """Round and pack it, times factors β_r `(out,)` and β_c `(in,)` where given."""
+        plain, extra, column_factor = self.plain, self.extra, None
+        if factors is not None:
+            row, column = factors
+            plain, extra = _scaled(plain, row, column[~self.salient]), _scaled(extra, row, column[self.salient])
+            column_factor = column if plain[0].column_scale is None else None
+        size = (plain[0].signs.shape[1], len(self.salient))
+        segments = (join_fits(plain), join_fits(extra))
+        return BinaryMatrix.build(size, block_size, self.salient, *segments, False, column_factor)
+
+
+def _scaled(fits: Sequence[Fit], row: Tensor, column: Tensor) -> tuple[Fit, ...]:
+    pieces = column.split([fit.signs.shape[2] for fit in fits])
+    return tuple(fit.scaled(row, piece) for fit, piece in zip(fits, pieces, strict=True))
 
 
 def join_fits(fits: Sequence[Fit]) -> Segment:
@@ -270,6 +324,10 @@ class BinaryMethod(Method):
                      BiLLM's Algorithm 2 is printed.
     feedback:        what later columns take up: (W - Ŵ) / diag U times U ("diagonal", as released), the least-squares
                      answer (W - Ŵ) U_block⁻¹ U ("triangular"), or nothing ("none").
+    nges:            whether binarized expert projections are modulated by NGES (eqs. 12, 49 and 50), with the null
+                     space of the inputs of all tokens of the layer. As in MoBiE, attention, shared experts and the
+                     router, which stays in 16 bits, are not.
+    null_space_energy, regularization (λ), nges_iterations, tolerance: of NGES, as MoBiE's.
     """
 
     block_size: int = 128
@@ -280,13 +338,21 @@ class BinaryMethod(Method):
     max_salient: int = 49
     search_on: Literal["saliency", "weights"] = "saliency"
     feedback: Feedback = "diagonal"
+    nges: bool = False
+    null_space_energy: float = 0.1
+    regularization: float = 0.2
+    nges_iterations: int = 15
+    tolerance: float = 1e-5
 
     def __post_init__(self) -> None:
-        for option in ("block_size", "gradient_groups", "max_salient"):
+        for option in ("block_size", "gradient_groups", "max_salient", "nges_iterations"):
             if getattr(self, option) < 1:
                 raise ConfigError(f"{self.name}: {option} is {getattr(self, option)}; expected at least 1")
         if not 0 <= self.percdamp < float("inf"):
             raise ConfigError(f"{self.name}: percdamp is {self.percdamp}; expected a number of at least 0 (0.01)")
+        for option in ("null_space_energy", "regularization"):
+            if not getattr(self, option) > 0:
+                raise ConfigError(f"{self.name}: {option} is {getattr(self, option)}; expected more than 0")
 
     @property
     def needs_gradients(self) -> bool:
@@ -305,6 +371,36 @@ class BinaryMethod(Method):
         """
 
     def quantize_linear(self, weight: Tensor, stats: LinearStats) -> BinaryMatrix:
+        return self._binarize(weight, stats).pack(self.block_size)
+
+    def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> dict[str, PackedBank]:
+        if not self.nges:
+            return super().quantize_experts(bank, stats)
+        from mobie.methods.mobie.nges import null_space_projector  # here: its package imports this module
+
+        packed = {}
+        for name, weight in bank.projections.items():
+            projector = null_space_projector(stats.pooled[name].hessian, self.null_space_energy)
+            experts = zip(weight, stats.experts[name], strict=True)
+            packed[name] = PackedBank(tuple(self._suppress_shift(w, s, projector) for w, s in experts))
+        return packed
+
+    def _suppress_shift(self, weight: Tensor, stats: LinearStats, projector: Tensor) -> BinaryMatrix:
+        """Binarize an expert's weight `(out, in)` and fuse NGES's factors for the projector P `(in, in)` (eq. 11)."""
+        from mobie.methods.mobie.nges import suppress_shift
+
+        binarized = self._binarize(weight, stats)
+        row, column = suppress_shift(
+            weight.float().masked_fill(stats.hessian.diagonal() == 0, 0)[None],
+            binarized.dense()[None],
+            projector,
+            self.regularization,
+            self.nges_iterations,
+            self.tolerance,
+        )
+        return binarized.pack(self.block_size, (row[0], column[0]))
+
+    def _binarize(self, weight: Tensor, stats: LinearStats) -> Binarization:
         damped, dead = damp(stats.hessian, self.percdamp)
         factor = inverse_cholesky(damped)
         denominators = self._denominators(factor, stats, len(weight))  # (out or 1, in)
@@ -321,8 +417,7 @@ class BinaryMethod(Method):
             masks.append(split.salient)
             plain.append(fits[0])
             extra.append(fits[1])
-        size = (weight.shape[0], weight.shape[1])
-        return BinaryMatrix.build(size, self.block_size, torch.cat(masks), join_fits(plain), join_fits(extra), False)
+        return Binarization(torch.cat(masks), tuple(plain), tuple(extra))
 
     def split_block(self, weights: Tensor, saliency: Tensor) -> Split:
         """Choose the salient columns and the magnitude groups of a block.

@@ -18,6 +18,7 @@ class FP16(Method):
     """No quantization; weights are stored in bfloat16, the format in which the suite's models are published."""
 
     name: ClassVar[str] = "fp16"
+    needs_statistics: ClassVar[bool] = False
 
     def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Dense16:
         return Dense16(weight.to(torch.bfloat16).cpu().contiguous())

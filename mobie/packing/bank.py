@@ -33,6 +33,7 @@ class SymmetricRows(Packed):
 
     format = "symmetric-rows"
     code_tensors = frozenset({"codes"})
+    scale_tensors = frozenset({"scale"})
 
     codes: Tensor
     scale: Tensor
@@ -143,6 +144,10 @@ class PackedBank(Packed):
     def is_code(self, name: str) -> bool:
         part, _, rest = name.partition(".")
         return (self.basis if part == "basis" else self.experts[0]).is_code(rest)
+
+    def is_scale(self, name: str) -> bool:
+        part, _, rest = name.partition(".")
+        return (self.basis if part == "basis" else self.experts[0]).is_scale(rest)
 
     def paper_bits(self, active_share: float = 1.0) -> float:
         count, rows, cols = self.shape

@@ -72,6 +72,8 @@ class Packed(ABC):
     format: ClassVar[str]
     #: names in `tensors()` that are codes
     code_tensors: ClassVar[frozenset[str]]
+    #: names in `tensors()` that multiply the quantized values
+    scale_tensors: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abstractmethod
@@ -115,6 +117,13 @@ class Packed(ABC):
 
     def is_code(self, name: str) -> bool:
         return name in self.code_tensors
+
+    def is_scale(self, name: str) -> bool:
+        return name in self.scale_tensors
+
+    def scales(self) -> dict[str, Tensor]:
+        """The stored tensors that multiply the quantized values, by name."""
+        return {name: tensor for name, tensor in self.tensors().items() if self.is_scale(name)}
 
 
 FORMATS: dict[str, type[Packed]] = {}

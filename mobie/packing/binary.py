@@ -5,6 +5,9 @@ the matrix is c, in block b = c // block_size, and the element's magnitude group
 
     value[i, j] = mean[g, i, b] + Σ_k row_scale[k, g, i, b] · column_scale[k, g, j] · sign[k, i, j]
 
+A matrix may have one factor per column, by which all of that is multiplied: the means too, which `column_scale` leaves
+as they are.
+
 A matrix has a `plain` segment and, for its salient columns, an `extra` one: in their place (BiLLM, ARB-LLM), or on
 top of the plain segment that then covers every column (MoBiE, Algorithm 3).
 
@@ -131,10 +134,14 @@ class BinaryMatrix(Packed):
     plain:             segment of all columns if `extra_is_residual`, else of the columns that are not salient.
     extra:             segment of the salient columns; None only if there are none.
     extra_is_residual: whether `extra` is added to `plain` (MoBiE) or stands in its place (BiLLM, ARB-LLM).
+    column_factor:     `(in,)` float16, multiplies whole columns, or None.
     """
 
     format = "binary"
     code_tensors = frozenset({"plain.signs", "extra.signs"})
+    scale_tensors = frozenset(
+        {"plain.row_scale", "plain.column_scale", "extra.row_scale", "extra.column_scale", "column_factor"}
+    )
 
     size: tuple[int, int]
     block_size: int
@@ -142,6 +149,7 @@ class BinaryMatrix(Packed):
     plain: Segment
     extra: Segment | None
     extra_is_residual: bool
+    column_factor: Tensor | None = None
 
     @classmethod
     def build(
@@ -152,17 +160,20 @@ class BinaryMatrix(Packed):
         plain: Segment,
         extra: Segment | None,
         extra_is_residual: bool,
+        column_factor: Tensor | None = None,
     ) -> Self:
         """Put packed segments together; `salient` is a sorted list of columns or a mask `(in,)`.
 
         Raises:
-            ValueError: salient columns without an extra segment, or a segment whose size does not fit.
+            ValueError: salient columns without an extra segment, a size that does not fit, or a factor not finite.
         """
         columns = salient.nonzero().flatten() if salient.dtype == torch.bool else salient
         columns = columns.to("cpu", torch.int16 if size[1] <= torch.iinfo(torch.int16).max else torch.int32)
         if len(columns) and extra is None:
             raise ValueError(f"{len(columns)} salient columns, but no extra segment")
-        matrix = cls(size, block_size, columns, plain, extra, extra_is_residual)
+        _expect("column_factor", column_factor, (size[1],))
+        factor = None if column_factor is None else _store(column_factor)
+        matrix = cls(size, block_size, columns, plain, extra, extra_is_residual, factor)
         blocks = -(-size[1] // block_size)
         for name, segment, n in (("plain", plain, len(matrix.plain_columns())), ("extra", extra, len(columns))):
             if segment is not None:
@@ -188,12 +199,16 @@ class BinaryMatrix(Packed):
         dense[:, columns] = self.plain.dequantize(columns, self.block_size)
         if self.extra is not None:
             dense[:, self.salient.long()] += self.extra.dequantize(self.salient, self.block_size)
+        if self.column_factor is not None:
+            dense = dense * self.column_factor.float()
         return dense.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         named = {f"plain.{name}": tensor for name, tensor in self.plain.tensors().items()}
         if self.extra is not None:
             named |= {f"extra.{name}": tensor for name, tensor in self.extra.tensors().items()}
+        if self.column_factor is not None:
+            named["column_factor"] = self.column_factor
         return named | {"salient": self.salient}
 
     def header(self) -> dict[str, Any]:
@@ -217,6 +232,7 @@ class BinaryMatrix(Packed):
             Segment(**parts["plain"]),
             Segment(**parts["extra"]) if parts["extra"] else None,
             header["extra_is_residual"],
+            tensors.get("column_factor"),
         )
 
     def paper_bits(self, active_share: float = 1.0) -> float:

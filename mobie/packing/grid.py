@@ -117,6 +117,7 @@ class Grid(Packed):
 
     format = "grid"
     code_tensors = frozenset({"codes"})
+    scale_tensors = frozenset({"scale"})
 
     codes: Tensor
     scale: Tensor

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mobie.errors import MeasurementError
 from mobie.records import Measurement
-from mobie.scoring.windows import WindowProtocol, require_fit, token_windows
+from mobie.scoring.windows import WindowProtocol, require_fit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,23 +18,36 @@ class PerplexityProtocol(WindowProtocol):
     """Everything that decides a perplexity; the fields are those of `WindowProtocol`."""
 
 
-def perplexity(model: Any, tokenizer: Any, documents: Sequence[str], protocol: PerplexityProtocol) -> Measurement:
-    """Perplexity of a causal language model on a text, named `TEXT.perplexity`; `n` counts predicted tokens.
+@dataclass(frozen=True)
+class TextPerplexity:
+    """Perplexity on a text, and what it is the mean of.
 
-    The standard error is that of the mean over windows carried through the exponential (delta method:
-    `perplexity · s / √windows`, with s the standard deviation of the windows' mean losses); None for a single window.
+    window_nll:    mean negative log-likelihood per predicted token of each window, in nats.
+    window_tokens: predicted tokens per window: all but the first.
+    """
+
+    measurement: Measurement
+    window_nll: tuple[float, ...]
+    window_tokens: int
+
+
+def perplexity(model: Any, windows: Tensor, protocol: PerplexityProtocol) -> TextPerplexity:
+    """Perplexity of a causal language model on windows `(windows, window)` of a text; `n` counts predicted tokens.
+
+    The measurement is named `TEXT.perplexity`. Its standard error is that of the mean over windows carried through the
+    exponential (delta method: `perplexity · s / √windows`, with s the standard deviation of the windows' mean losses);
+    None for a single window.
 
     Raises:
         ConfigError: the model does not fit the protocol.
-        DataError: the text is shorter than one window.
         MeasurementError: a loss is not finite.
     """
     require_fit(model, protocol)
-    windows = token_windows(documents, tokenizer, protocol)
     losses = window_losses(model, windows, protocol.batch_size)
     value = _exponential(losses, protocol.text)
     error = value * losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else None
-    return Measurement(f"{protocol.text}.perplexity", value, error, windows.numel() - len(windows))
+    measurement = Measurement(f"{protocol.text}.perplexity", value, error, windows.numel() - len(windows))
+    return TextPerplexity(measurement, tuple(losses.tolist()), windows.shape[1] - 1)
 
 
 def _exponential(losses: Tensor, text: str) -> float:

@@ -11,27 +11,28 @@ not be in memory together.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mobie.errors import DataError, MeasurementError, UnsupportedError
 from mobie.records import Measurement
-from mobie.scoring.windows import WindowProtocol, require_fit, token_windows
+from mobie.scoring.windows import WindowProtocol, require_fit
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: tokens of Figure 3's map
+MAP_TOKENS = 48
 
 
 class RoutingProtocol(WindowProtocol):
     """Everything that decides a routing similarity; the fields are those of `WindowProtocol`."""
 
 
-def routing(
-    full_precision: Any, quantized: Any, tokenizer: Any, documents: Sequence[str], protocol: RoutingProtocol
-) -> list[Measurement]:
+def routing(full_precision: Any, quantized: Any, windows: Tensor, protocol: RoutingProtocol) -> list[Measurement]:
     """Routing similarity and expert-shift rate between two models in memory; see `compare_routing`."""
-    reference = record_routing(full_precision, tokenizer, documents, protocol)
-    return compare_routing(reference, record_routing(quantized, tokenizer, documents, protocol), top_k(full_precision))
+    reference = record_routing(full_precision, windows, protocol)
+    return compare_routing(reference, record_routing(quantized, windows, protocol), top_k(full_precision))
 
 
 def top_k(model: Any) -> int:
@@ -39,19 +40,20 @@ def top_k(model: Any) -> int:
     return model.config.num_experts_per_tok
 
 
-def record_routing(model: Any, tokenizer: Any, documents: Sequence[str], protocol: RoutingProtocol) -> Tensor:
-    """Router logits z of every MoE layer: `(layers, windows, window, experts)` float32 on the CPU.
+def record_routing(model: Any, windows: Tensor, protocol: RoutingProtocol) -> Tensor:
+    """Router logits z of every MoE layer on token windows `(windows, window)`.
+
+    Returns:
+        `(layers, windows, window, experts)` float32 on the CPU.
 
     Raises:
         ConfigError: the model does not fit the protocol.
-        DataError: the text is shorter than one window.
         UnsupportedError: the model gives no router logits.
     """
     import torch
     from tqdm import tqdm
 
     require_fit(model, protocol)
-    windows = token_windows(documents, tokenizer, protocol)
     batches = windows.split(protocol.batch_size)
     recorded = []
     with torch.inference_mode():
@@ -111,6 +113,30 @@ def token_shift(reference: Tensor, other: Tensor, top_k: int) -> Tensor:
     chosen, wanted = (z.topk(top_k, dim=-1).indices for z in (other, reference))
     kept = (chosen[..., :, None] == wanted[..., None, :]).any(dim=-1)  # (…, slot)
     return 1 - kept.double().mean(dim=-1)
+
+
+def routing_details(
+    reference: Tensor, other: Tensor, top_k: int, windows: Tensor, tokenizer: Any
+) -> dict[str, dict[str, Any]]:
+    """What Figure 3 shows of two recordings `(layers, windows, window, experts)` on token windows `(windows, window)`.
+
+    Returns JSON values:
+        map: of the middle MoE layer (`layer`, counted from 0) and the first `MAP_TOKENS` tokens of the first window:
+            their text (`tokens`), and each one's experts, largest logit first, in the `reference` and `quantized`.
+        tokens_per_expert: `reference` and `quantized`, layer → expert → how many of all tokens use it.
+    """
+    layer = len(reference) // 2
+    chosen = {"reference": reference.topk(top_k).indices, "quantized": other.topk(top_k).indices}
+    tokens = [tokenizer.decode([token]) for token in windows[0, :MAP_TOKENS].tolist()]
+    experts = reference.shape[-1]
+    return {
+        "map": {"layer": layer, "tokens": tokens}
+        | {name: found[layer, 0, :MAP_TOKENS].tolist() for name, found in chosen.items()},
+        "tokens_per_expert": {
+            name: [layer_choice.flatten().bincount(minlength=experts).tolist() for layer_choice in found]
+            for name, found in chosen.items()
+        },
+    }
 
 
 def _layer_means(name: str, values: Tensor, n: int) -> Iterator[Measurement]:

@@ -77,36 +77,52 @@ def tasks(
         ConfigError: another lm-eval is installed, the model is in another dtype, or a task is not in the group.
         DataError: a data set is missing or cannot be read.
     """
-    _require_harness(protocol.harness)
+    prepare_harness(protocol.harness)
     require_dtype(model, protocol.dtype)
-    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # read when the libraries are imported, below
-        os.environ.setdefault(variable, "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    with tempfile.TemporaryDirectory(prefix="mobie-lm-eval-") as scratch:
+        loaded = load_tasks(protocol, group, mirror, cache or Path(scratch) / "cache")
+        items = {name: sample_items(name, len(task.eval_docs), protocol) for name, task in loaded.items()}
+        results = run_harness(model, tokenizer, loaded, items, protocol.batch_size, protocol.max_length)
+    return _scores(results, items)
+
+
+def run_harness(
+    model: Any,
+    tokenizer: Any,
+    loaded: Mapping[str, Any],
+    items: Mapping[str, list[int]],
+    batch_size: int,
+    max_length: int,
+    fewshot_seed: int | None = None,
+) -> Mapping[str, Any]:
+    """lm-eval's results and samples of loaded tasks on the given items of each.
+
+    `fewshot_seed` decides which examples are drawn; None where none are, which draws nothing.
+    """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    with tempfile.TemporaryDirectory(prefix="mobie-lm-eval-") as scratch:
-        loaded = load_tasks(protocol, group, mirror, cache or Path(scratch) / "cache")
-        items = {name: sample_items(name, len(task.eval_docs), protocol) for name, task in loaded.items()}
-        context = min(protocol.max_length, getattr(model.config, "max_position_embeddings", protocol.max_length))
-        harness_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=protocol.batch_size, max_length=context)
-        # seeds of None: zero-shot likelihoods draw nothing, and the global generators are not ours to set
-        results = lm_eval.simple_evaluate(
-            model=harness_model,
-            tasks=list(loaded.values()),
-            task_manager=TaskManager(include_defaults=False),  # it would index every task to load none
-            samples=items,
-            bootstrap_iters=0,
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-            fewshot_random_seed=None,
-        )
-    return _scores(results, items)
+    context = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
+    # seeds of None: the global generators are not ours to set
+    return lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context),
+        tasks=list(loaded.values()),
+        task_manager=TaskManager(include_defaults=False),  # it would index every task to load none
+        samples=items,
+        bootstrap_iters=0,
+        random_seed=None,
+        numpy_random_seed=None,
+        torch_random_seed=None,
+        fewshot_random_seed=fewshot_seed,
+    )
 
 
-def _require_harness(version: str) -> None:
+def prepare_harness(version: str) -> None:
+    """Keep lm-eval off the network and check its version; to be called before it is imported. Raises ConfigError."""
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # read when the libraries are imported
+        os.environ.setdefault(variable, "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         installed = importlib.metadata.version("lm-eval")
     except importlib.metadata.PackageNotFoundError:
@@ -124,28 +140,56 @@ def load_tasks(protocol: TasksProtocol, group: Path, mirror: Path, cache: Path) 
         ConfigError: the group's file is unreadable or lacks a task.
         DataError: a data set is missing or cannot be read.
     """
+    entries = read_group(group, mirror)
+    chosen = [
+        find_entry(entries, name, group) | {"dataset_kwargs": {"cache_dir": str(cache)}} for name in protocol.tasks
+    ]
+    return load_entries(group.stem, chosen, TASK_FOLDERS, mirror)
+
+
+def find_entry(entries: Mapping[str, dict[str, Any]], name: str, group: Path) -> dict[str, Any]:
+    """A task's entry of a group file.
+
+    Raises:
+        ConfigError: it has none.
+        DataError: its data set is not there.
+    """
+    if name not in entries:
+        raise ConfigError(f"{group}: {unknown_name('task', name, entries)}")
+    path = entries[name]["dataset_path"]
+    if not Path(path).is_dir():
+        raise DataError(f"{path}: no such data set for {name}; run the rule that makes {Path(path).parents[1]}")
+    return entries[name]
+
+
+def load_entries(
+    name: str, entries: Sequence[Mapping[str, Any]], folders: Sequence[str], mirror: Path
+) -> dict[str, Any]:
+    """lm-eval's tasks by name, each from the stock file it names and what its entry puts in place of that.
+
+    Args:
+        name: of the group that is made of them.
+        folders: of lm-eval's task collection that hold the stock files.
+        mirror: named where data cannot be read.
+
+    Raises:
+        DataError: a data set cannot be read.
+    """
     import lm_eval
     import yaml
     from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
 
-    entries = read_group(group, mirror)
-    for name in protocol.tasks:
-        if name not in entries:
-            raise ConfigError(f"{group}: {unknown_name('task', name, entries)}")
-        entry = entries[name]
-        if not Path(entry["dataset_path"]).is_dir():
-            raise DataError(f"{entry['dataset_path']}: no such data set for {name}; run the rule that makes {mirror}")
-        entry["dataset_kwargs"] = {"cache_dir": str(cache)}
     collection = Path(lm_eval.__file__).parent / "tasks"
     with tempfile.TemporaryDirectory(prefix="mobie-lm-eval-") as folder:
-        filled = {"group": group.stem, "task": [entries[name] for name in protocol.tasks]}
-        (Path(folder) / group.name).write_text(yaml.safe_dump(filled), encoding="utf-8")
-        folders = [*(collection / name for name in TASK_FOLDERS), Path(folder)]
-        manager = TaskManager(include_path=folders, include_defaults=False)
+        filled = {"group": name, "task": list(entries)}
+        (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump(filled), encoding="utf-8")
+        manager = TaskManager(
+            include_path=[*(collection / stock for stock in folders), Path(folder)], include_defaults=False
+        )
         try:
-            return manager.load(group.stem)["tasks"]
-        except (OSError, ValueError, DatasetsError) as error:
+            return manager.load(name)["tasks"]
+        except (OSError, ValueError, KeyError, DatasetsError) as error:
             raise DataError(
                 f"{mirror}: a data set cannot be read ({error}); delete the folder and make it again"
             ) from error
@@ -170,9 +214,14 @@ def read_group(group: Path, mirror: Path) -> dict[str, dict[str, Any]]:
 
 def sample_items(task: str, available: int, protocol: TasksProtocol) -> list[int]:
     """Numbers of the items to score, ascending: all, or a sample that depends on the seed and the task's name only."""
-    if protocol.limit is None or protocol.limit >= available:
+    return draw_items(task, available, protocol.limit, protocol.sample_seed)
+
+
+def draw_items(task: str, available: int, limit: int | None, seed: int) -> list[int]:
+    """As `sample_items`, from the limit and the seed themselves."""
+    if limit is None or limit >= available:
         return list(range(available))
-    return sorted(random.Random(f"{protocol.sample_seed}/items/{task}").sample(range(available), protocol.limit))
+    return sorted(random.Random(f"{seed}/items/{task}").sample(range(available), limit))
 
 
 def _scores(results: Mapping[str, Any], items: Mapping[str, list[int]]) -> TaskScores:
@@ -185,12 +234,14 @@ def _scores(results: Mapping[str, Any], items: Mapping[str, list[int]]) -> TaskS
                 values = [float(sample[metric]) for sample in samples]
                 answers[f"{task}.{metric}"] = values
                 measurements.append(
-                    _measurement(f"{task}.{metric}", results["results"][task][f"{metric},none"], values, samples)
+                    item_measurement(f"{task}.{metric}", results["results"][task][f"{metric},none"], values, samples)
                 )
     return TaskScores(measurements, {task: list(wanted) for task, wanted in items.items()}, answers)
 
 
-def _measurement(name: str, value: float, values: Sequence[float], samples: Sequence[Mapping[str, Any]]) -> Measurement:
+def item_measurement(
+    name: str, value: float, values: Sequence[float], samples: Sequence[Mapping[str, Any]]
+) -> Measurement:
     """The harness's value, with a standard error and a chance level from the items."""
     n = len(values)
     error = _standard_error(values)

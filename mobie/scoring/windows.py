@@ -1,14 +1,22 @@
-"""Cutting a text into the token windows that perplexity and routing are measured on."""
+"""Cutting a text into the token windows that perplexity and routing are measured on, once per tokenizer and protocol.
+
+The windows lie in a file that says what they were cut from; a job that reads them needs neither text nor tokenizer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from mobie.errors import ConfigError, DataError
+from mobie.provenance import digest, file_hash
 from mobie.scoring.protocol import Dtype, Protocol, require_dtype
+from mobie.storage import write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +42,75 @@ class WindowProtocol(Protocol):
     bos: Literal["none", "text", "window"] = "none"
     batch_size: int = Field(8, ge=1)
     dtype: Dtype = "float32"
+
+    def windows_digest(self) -> str:
+        """SHA-256 of the fields that decide the tokens: equal for protocols that differ in batch size or dtype only."""
+        return digest(self.model_dump(mode="json", include={"text", "separator", "window", "windows", "bos"}))
+
+    @property
+    def windows_id(self) -> str:
+        """The first 12 digits of `windows_digest`: part of the windows' file name."""
+        return self.windows_digest()[:12]
+
+
+@dataclass(frozen=True)
+class WindowsOrigin:
+    """What token windows were cut from.
+
+    text:             name of the text.
+    text_sha256:      of its documents.
+    source:           what the register says of the download that the text was read from.
+    tokenizer_sha256: of the tokenizer's files.
+    protocol_sha256:  of the fields that decide the tokens.
+    """
+
+    text: str
+    text_sha256: str
+    source: str
+    tokenizer_sha256: str
+    protocol_sha256: str
+
+
+def tokenizer_files_digest(folder: Path) -> str:
+    """SHA-256 over the tokenizer's files in a model or checkpoint folder. Raises `DataError` where there is none."""
+    names = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
+    files = [*(folder / name for name in (*names, "vocab.json", "vocab.txt")), *folder.glob("*.model")]
+    found = {file.name: file_hash(file) for file in files if file.is_file()}
+    if not found:
+        raise DataError(f"{folder}: no tokenizer file, expected tokenizer.json; fetch or quantize the model again")
+    return digest(found)
+
+
+def save_windows(path: Path, windows: Tensor, origin: WindowsOrigin) -> None:
+    """Write token windows `(windows, window)` and their origin as safetensors. Raises `StorageError`."""
+    from safetensors.torch import save
+
+    metadata = {"origin": json.dumps(asdict(origin), sort_keys=True)}
+    write_bytes(path, save({"windows": windows.contiguous()}, metadata))
+
+
+def load_windows(path: Path, expected: Mapping[str, str]) -> tuple[Tensor, WindowsOrigin]:
+    """Read token windows; `expected` holds those fields of the origin that the reader knows.
+
+    Raises:
+        DataError: missing, truncated, not token windows, or cut from something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    remedy = "delete it and run `python -m mobie windows` or the windows rule again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            windows, origin = file.get_tensor("windows"), WindowsOrigin(**json.loads(file.metadata()["origin"]))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such token windows; run `python -m mobie windows`") from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not readable token windows ({error}); {remedy}") from error
+    for field, value in expected.items():
+        if getattr(origin, field) != value:
+            raise DataError(
+                f"{path}: cut from something else: {field} {getattr(origin, field)}, expected {value}; {remedy}"
+            )
+    return windows, origin
 
 
 def token_windows(documents: Sequence[str], tokenizer: Any, protocol: WindowProtocol) -> Tensor:

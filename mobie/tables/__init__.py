@@ -1,0 +1,48 @@
+"""The paper's tables, one file each: records in, CSV, Markdown and LaTeX out; seconds, no model.
+
+A module has `build(results: Results) -> Table`. To add a table is to add a file here and its name to `TABLES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from mobie.errors import ConfigError, unknown_name
+from mobie.paths import Layout
+from mobie.results import Results
+from mobie.tables.table import Table
+
+TABLES = (
+    "table1",
+    "table2",
+    "table3",
+    "table4",
+    "table5",
+    "table6",
+    "table7",
+    "table8",
+    "table9",
+    "table10",
+    "table11",
+    "sensitivity",
+)
+
+
+def build_table(name: str, results: Results) -> Table:
+    """Build a table from the records of a suite.
+
+    Raises:
+        ConfigError: unknown name.
+        DataError: a record is damaged.
+    """
+    if name not in TABLES:
+        raise ConfigError(unknown_name("table", name, TABLES))
+    return importlib.import_module(f"mobie.tables.{name}").build(results)
+
+
+def table_records(name: str, suite: str, layout: Layout) -> list[Path]:
+    """The records that a table of a suite reads."""
+    plan = Results(suite, layout, plan=True)
+    build_table(name, plan)
+    return list(plan.asked)

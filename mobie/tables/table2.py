@@ -1,24 +1,14 @@
-"""Table 2: perplexity and zero-shot accuracy of every row of a suite, built from records alone.
-
-    table2.csv       the paper's layout; values in per cent, perplexities and bits as they are; a hole is an empty cell
-    table2.md        the same to read: standard errors, chance level marked, holes with their reasons
-    table2.long.csv  one line per value, with its sample size, the paper's value, and the record it comes from
-
-Nothing in them depends on time or place: two runs of a suite give the same bytes.
-"""
+"""Table 2: perplexity and zero-shot accuracy of every row of a suite."""
 
 from __future__ import annotations
 
-import csv
-import io
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-from mobie.config import MethodConfig, ModelConfig, PaperRow, Row, SuiteConfig, load_method, load_model_config
-from mobie.paths import Layout, paper_table
-from mobie.records import Record, read_record
+from mobie.config import MethodConfig, PaperRow
+from mobie.config import Row as SuiteRow
+from mobie.paper.printed import printed, printed_rows
+from mobie.results import Cell, Model, Results, average
+from mobie.tables.table import Column, Row, Table, model_notes, stand_in_note
 
 #: Which of lm-eval's metrics stands in a column. The paper does not say. Its full-precision entries for HellaSwag
 #: (78.21 for OLMoE) and ARC-Challenge (49.23) are as high as length-normalised scoring gives for such models; the
@@ -33,102 +23,47 @@ TASK_METRICS = {
     "piqa": "acc",
     "winogrande": "acc",
 }
-AVERAGE = "avg7"
-PERPLEXITY = "wikitext2_ppl"
+TASK_HEADINGS = {
+    "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c",
+    "hellaswag": "HellaSwag",
+    "lambada_openai": "LAMBADA-o",
+    "lambada_standard": "LAMBADA-s",
+    "piqa": "PIQA",
+    "winogrande": "WinoGrande",
+}
+AVERAGE, PERPLEXITY = "avg7", "wikitext2_ppl"
 BITS = {"bits": "bits_paper", "bits_codes": "bits_codes", "bits_stored": "bits_stored"}  # column → measurement
-PAPER_COLUMNS = ("bits", *TASK_METRICS, AVERAGE, PERPLEXITY)
-CSV_COLUMNS = ("model", "method", *PAPER_COLUMNS, "bits_codes", "bits_stored", "config")
-LONG_COLUMNS = (
-    *("suite", "model", "method", "config", "column", "ours", "stderr", "n", "chance", "at_chance"),
-    *("paper", "difference", "status", "reason", "record"),
-)
+BITS_COLUMNS = (Column("bits", "Bits"),)
+STORED_COLUMNS = (Column("bits_codes", "codes", extra=True), Column("bits_stored", "stored", extra=True))
+TASK_COLUMNS = tuple(Column(task, TASK_HEADINGS[task], better="higher") for task in TASK_METRICS)
+AVERAGE_COLUMN = Column(AVERAGE, "Avg. 7", better="higher")
+PERPLEXITY_COLUMN = Column(PERPLEXITY, "Perplexity", better="lower")
 BINARY_METHODS = frozenset({"billm", "arb", "mobie"})  # registered names of the methods that store signs
-CHANCE_STDERRS = 2.0
+METRICS_LEGEND = "Accuracies in per cent. Metrics: {}.".format(
+    ", ".join(f"{TASK_HEADINGS[task]} `{metric}`" for task, metric in TASK_METRICS.items())
+)
+BITS_LEGEND = "Bits per quantized weight: by the paper's formula; codes only; every stored byte."
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One value in the unit of the table, or a hole (`value` None) with its status and reason."""
-
-    value: float | None
-    stderr: float | None = None
-    n: int | None = None
-    chance: float | None = None
-    status: str = "ok"
-    reason: str | None = None
-    record: str = ""
-
-    @property
-    def at_chance(self) -> bool:
-        """Whether the value is not above chance by more than two standard errors."""
-        if self.value is None or self.chance is None or self.stderr is None:
-            return False
-        return self.value - self.chance <= CHANCE_STDERRS * self.stderr
+def task_cells(results: Results, model: Model, method: str, tasks: Sequence[str]) -> dict[str, Cell]:
+    """Accuracies in per cent, by task."""
+    return {t: results.cell(model, method, "tasks", f"{t}.{TASK_METRICS[t]}", scale=100) for t in tasks}
 
 
-@dataclass(frozen=True)
-class TableRow:
-    """One line of the table: a model and a method config, or one of the paper's methods that the suite lacks."""
-
-    model: str
-    method: str
-    config: str
-    paper: PaperRow | None
-    binary: bool
-    cells: dict[str, Cell]
+def bits_cells(results: Results, model: Model, method: str) -> dict[str, Cell]:
+    """The three countings of bits per quantized weight."""
+    return {column: results.cell(model, method, "quantize", name) for column, name in BITS.items()}
 
 
-def extra_columns(texts: Iterable[str], wikitext2_text: str) -> dict[str, tuple[str, str]]:
-    """Columns beside the paper's, column → (kind of record, measurement): the other texts, and the routers."""
-    others = {f"ppl_{text}": ("perplexity", f"{text}.perplexity") for text in texts if text != wikitext2_text}
-    return others | {"routing_similarity": ("routing", "similarity"), "expert_shift": ("routing", "expert_shift")}
+def text_perplexity(results: Results, model: Model, method: str, text: str | None = None, **keys: int | None) -> Cell:
+    """Perplexity on a text of the protocol; on the one that fills the column of WikiText-2 by default."""
+    return results.cell(model, method, "perplexity", f"{text or results.suite.wikitext2_text}.perplexity", **keys)
 
 
-def build_rows(suite_name: str, suite: SuiteConfig, texts: Sequence[str], layout: Layout) -> list[TableRow]:
-    """Read the records of all rows of a suite.
-
-    Raises:
-        DataError: a record is damaged. A record that does not exist is a hole with status `missing`.
-    """
-    columns = _columns(suite, texts)
-    rows = []
-    for model_name in suite.models:
-        model = load_model_config(model_name, layout)
-        for row in suite.rows:
-            rows.append(_build_row(suite_name, suite, model_name, model, row, columns, layout))
-    return rows
-
-
-def _columns(suite: SuiteConfig, texts: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Column → (kind of record, measurement) of everything but the average."""
-    columns = {column: ("quantize", name) for column, name in BITS.items()}
-    columns |= {task: ("tasks", f"{task}.{metric}") for task, metric in TASK_METRICS.items()}
-    columns[PERPLEXITY] = ("perplexity", f"{suite.wikitext2_text}.perplexity")
-    return columns | extra_columns(texts, suite.wikitext2_text)
-
-
-def _build_row(
-    suite_name: str,
-    suite: SuiteConfig,
-    model_name: str,
-    model: ModelConfig,
-    row: Row,
-    columns: dict[str, tuple[str, str]],
-    layout: Layout,
-) -> TableRow:
-    shown = model.label or model_name
-    if row.method is None:
-        hole = Cell(None, status="absent", reason=row.absent)
-        cells = dict.fromkeys([*columns, AVERAGE], hole)
-        return TableRow(shown, row.label, "", PaperRow(method=row.label), False, cells)
-    method = load_method(row.method, layout)
-    records = {}
-    for kind in {kind for kind, _ in columns.values()}:
-        path = layout.record(suite_name, model_name, row.method, suite.seed, kind)
-        records[kind] = (read_record(path) if path.exists() else None, path.relative_to(layout.root).as_posix())
-    cells = {column: _cell(*records[kind], name) for column, (kind, name) in columns.items()}
-    cells[AVERAGE] = average([cells[task] for task in TASK_METRICS], records["tasks"][1])
-    return TableRow(shown, row_label(method), row.method, method.paper, method.method in BINARY_METHODS, cells)
+def other_texts(results: Results) -> list[str]:
+    """Texts of the protocol beside the one that fills the column of WikiText-2."""
+    return [text for text in results.protocol.texts if text != results.suite.wikitext2_text]
 
 
 def row_label(method: MethodConfig) -> str:
@@ -136,125 +71,119 @@ def row_label(method: MethodConfig) -> str:
     return method.paper.method if method.paper else method.label
 
 
-def _cell(record: Record | None, path: str, name: str) -> Cell:
-    if record is None:
-        return Cell(None, status="missing", reason="its job has not run", record=path)
-    if not record.ok:
-        return Cell(None, status=record.status, reason=record.reason, record=path)
-    found = record.measurement(name)
-    if found is None:
-        return Cell(None, status="missing", reason=f"the record has no {name}", record=path)
-    scale = 100.0 if record.kind == "tasks" else 1.0
-    return Cell(
-        found.value * scale,
-        None if found.stderr is None else found.stderr * scale,
-        found.n,
-        None if found.chance is None else found.chance * scale,
-        record=path,
-    )
+def is_binary(method: MethodConfig) -> bool:
+    return method.method in BINARY_METHODS
 
 
-def average(cells: Sequence[Cell], record: str) -> Cell:
-    """Unweighted mean of accuracies, a hole unless all are there.
+def paper_entries(table: str, model: Model, row: PaperRow | None) -> dict[str, float]:
+    """The paper's entries for a method's row of a model; empty where the table has none.
 
-    The standard error is propagated as if the tasks were independent; the two LAMBADA columns share passages, so it is
-    a little too small.
+    Bits tell the rows of AWQ and GPTQ apart. The other methods have one row for a model, with bits that differ between
+    models, so it is found by the method's name alone.
     """
-    hole = next((cell for cell in cells if cell.value is None), None)
-    if hole is not None:
-        return replace(hole, stderr=None, n=None, chance=None)
-    count = len(cells)
-    errors = [cell.stderr for cell in cells]
-    chances = [cell.chance for cell in cells]
-    return Cell(
-        sum(cell.value for cell in cells) / count,
-        None if None in errors else math.sqrt(sum(error**2 for error in errors)) / count,
-        sum(cell.n for cell in cells),
-        None if None in chances else sum(chances) / count,
-        record=record,
-    )
-
-
-def paper_values(row: TableRow) -> dict[str, float]:
-    """The paper's entries for a row, by column; none where the model or the row is not in the paper."""
-    if row.paper is None:
+    if row is None:
         return {}
-    with paper_table("table2").open(newline="", encoding="utf-8") as file:
-        found = [r for r in csv.DictReader(file) if (r["model"], r["method"]) == (row.model, row.paper.method)]
-    if len(found) > 1:
-        found = [r for r in found if float(r["bits"]) == row.paper.bits]
-    return {column: float(found[0][column]) for column in PAPER_COLUMNS} if found else {}
+    if row.bits is None or not told_by_bits(row.method):
+        return printed(table, model.label, method=row.method)
+    found = printed(table, model.label, method=row.method, bits=row.bits)
+    return found | {"bits": row.bits} if found else {}
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def told_by_bits(method: str) -> bool:
+    """Whether the paper's Table 2 has several rows of a method for one model."""
+    models = [row["model"] for row in printed_rows("table2") if row["method"] == method]
+    return len(models) > len(set(models))
 
 
-def to_csv(rows: Sequence[TableRow]) -> str:
-    """The paper's layout."""
-    keys = ("model", "method", "config")
-    lines = [
-        {key: getattr(row, key) for key in keys}
-        | {column: _number(row.cells[column].value) for column in CSV_COLUMNS if column not in keys}
-        for row in rows
+def papers_rows(table: str, results: Results) -> tuple[SuiteRow, ...]:
+    """The rows that the paper's table has, in its order, with the suite's method config for each that has one."""
+    suite = results.suite
+    wanted = [
+        (row["method"], float(row["bits"]) if told_by_bits(row["method"]) else None) for row in printed_rows(table)
     ]
-    return _csv(CSV_COLUMNS, lines)
+    reasons = {row.label: row.absent for row in suite.rows if row.method is None}
+    found = []
+    for name, bits in dict.fromkeys(wanted):
+        config = next((method for method in suite.methods if _is_row(results.method(method).paper, name, bits)), None)
+        reason = reasons.get(name, "not in the suite yet")
+        found.append(SuiteRow(method=config) if config else SuiteRow(label=name, absent=reason))
+    return tuple(found)
 
 
-def to_long_csv(suite_name: str, rows: Sequence[TableRow]) -> str:
-    """One line per value."""
-    return _csv(LONG_COLUMNS, (line for row in rows for line in _long_lines(suite_name, row)))
+def _is_row(row: PaperRow | None, name: str, bits: float | None) -> bool:
+    return row is not None and row.method == name and bits in (None, row.bits)
 
 
-def _long_lines(suite_name: str, row: TableRow) -> Iterator[dict[str, str]]:
-    paper = paper_values(row)
-    for column, cell in row.cells.items():
-        printed = paper.get(column)
-        both = cell.value is not None and printed is not None
-        yield {
-            "suite": suite_name,
-            "model": row.model,
-            "method": row.method,
-            "config": row.config,
-            "column": column,
-            "ours": _number(cell.value, 4),
-            "stderr": _number(cell.stderr, 4),
-            "n": "" if cell.n is None else str(cell.n),
-            "chance": _number(cell.chance, 4),
-            "at_chance": "" if cell.chance is None else str(cell.at_chance).lower(),
-            "paper": "" if printed is None else f"{printed:g}",
-            "difference": _number(cell.value - printed, 4) if both else "",
-            "status": cell.status,
-            "reason": cell.reason or "",
-            "record": cell.record,
+def method_rows(
+    table: str, results: Results, model: Model, rows: Sequence[SuiteRow], cells: Mapping[str, Mapping[str, Cell]]
+) -> list[Row]:
+    """Rows of a model: `cells` by method config; an absent method has holes with its reason."""
+    found = []
+    for row in rows:
+        if row.method is None:
+            columns = next(iter(cells.values()))
+            hole = Cell(None, status="absent", reason=row.absent)
+            paper = paper_entries(table, model, PaperRow(method=row.label))
+            found.append(Row(model.label, row.label, dict.fromkeys(columns, hole), paper=paper))
+            continue
+        method = results.method(row.method)
+        found.append(
+            Row(
+                model.label,
+                row_label(method),
+                cells[row.method],
+                paper=paper_entries(table, model, method.paper),
+                config=row.method,
+                ranked=is_binary(method),
+                own=method.paper is None,
+            )
+        )
+    return found
+
+
+def build(results: Results) -> Table:
+    """Read the records of all rows of a suite. Raises `DataError` for a damaged one; a missing one is a hole."""
+    models = results.models("table2")
+    rows = [row for model in models for row in _model_rows(results, model)]
+    others = [Column(f"ppl_{text}", f"ppl {text}", better="lower", extra=True) for text in other_texts(results)]
+    routing = [
+        Column("routing_similarity", "routing similarity", 4, "higher", extra=True),
+        Column("expert_shift", "expert shift", 4, "lower", extra=True),
+    ]
+    stored = [Column("bits_codes", "codes"), Column("bits_stored", "stored")]
+    return Table(
+        "table2",
+        results.suite_name,
+        "perplexity and zero-shot accuracy",
+        "method",
+        (*BITS_COLUMNS, *stored, *TASK_COLUMNS, AVERAGE_COLUMN, PERPLEXITY_COLUMN, *others, *routing),
+        tuple(rows),
+        (*model_notes(results, models), *item_notes(rows, tuple(TASK_METRICS)), *stand_in_note(results)),
+        (METRICS_LEGEND, BITS_LEGEND),
+        tuple(models),
+    )
+
+
+def _model_rows(results: Results, model: Model) -> list[Row]:
+    cells = {}
+    for name in results.suite.methods:
+        tasks = task_cells(results, model, name, tuple(TASK_METRICS))
+        cells[name] = {
+            **bits_cells(results, model, name),
+            **tasks,
+            AVERAGE: average(list(tasks.values())),
+            PERPLEXITY: text_perplexity(results, model, name),
+            **{f"ppl_{text}": text_perplexity(results, model, name, text) for text in other_texts(results)},
+            "routing_similarity": results.cell(model, name, "routing", "similarity"),
+            "expert_shift": results.cell(model, name, "routing", "expert_shift"),
         }
+    return method_rows("table2", results, model, results.suite.rows, cells)
 
 
-def _csv(columns: Sequence[str], lines: Iterable[dict[str, str]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return buffer.getvalue()
-
-
-def write_table2(suite_name: str, suite: SuiteConfig, texts: Sequence[str], layout: Layout) -> list[Path]:
-    """Build the three files from the records under `layout`; returns their paths.
-
-    Raises:
-        DataError: a record is damaged.
-        StorageError: a file cannot be written.
-    """
-    from mobie.storage import write_text
-    from mobie.tables.markdown import to_markdown
-
-    rows = build_rows(suite_name, suite, texts, layout)
-    models = {name: load_model_config(name, layout) for name in suite.models}
-    contents = {
-        "csv": to_csv(rows),
-        "md": to_markdown(suite_name, suite, models, rows),
-        "long.csv": to_long_csv(suite_name, rows),
-    }
-    for suffix, text in contents.items():
-        write_text(layout.table("table2", suffix), text)
-    return [layout.table("table2", suffix) for suffix in contents]
+def item_notes(rows: Sequence[Row], tasks: Sequence[str]) -> tuple[str, ...]:
+    """How many items stand behind an accuracy."""
+    counts = sorted({row.cells[task].n for row in rows for task in tasks if task in row.cells} - {None})
+    if not counts:
+        return ()
+    span = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    return (f"Accuracies are over {span} items per task, the same items for every method.",)

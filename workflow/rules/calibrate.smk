@@ -14,7 +14,8 @@ rule calibrate:
     params:
         code=stale.calibrate_code(),
     shell:
-        "{MOBIE} calibrate --suite {wildcards.suite} --model {wildcards.model} --seed {wildcards.seed} > {log} 2>&1"
+        "{MOBIE} calibrate --suite {wildcards.suite} --model {wildcards.model} --seed {wildcards.seed}"
+        " --text {wildcards.text} --sequences {wildcards.sequences} --length {wildcards.length} > {log} 2>&1"
 
 
 def model_inputs(wildcards):

@@ -8,11 +8,12 @@ sys.path.insert(0, workflow.basedir)
 
 from snakemake.exceptions import WorkflowError
 
+from mobie.config import load_suite
 from mobie.data.texts import TEXTS
 from mobie.errors import MobieError
 from mobie.jobs import stale
 from mobie.jobs.keys import Keys, find_source, model_files
-from mobie.jobs.score import REFERENCE, benchmark_sources, uses_mirror
+from mobie.jobs.score import REFERENCE, benchmark_sources, hard_sources, uses_mirror
 from mobie.paths import Layout
 from mobie.provenance import digest
 from mobie.sources import load_sources
@@ -20,7 +21,6 @@ from mobie.sources import load_sources
 PATHS = Layout(Path())  # relative: Snakemake runs in the repository
 MOBIE = f"{sys.executable} -m mobie"
 SUITE = config.get("suite", "smoke")
-KINDS = ("quantize", "perplexity", "tasks", "routing")
 
 
 wildcard_constraints:
@@ -46,14 +46,7 @@ def user_error(function):
 @user_error
 def keys_of(wildcards):
     """The keys that a job's file names carry."""
-    return Keys(PATHS, wildcards.suite, wildcards.model, int(wildcards.seed), wildcards.get("method", ""))
-
-
-@user_error
-def suite_keys():
-    """The keys of all rows of the suite, every name checked."""
-    suite = Keys(PATHS, SUITE, "", 0).suite_config
-    return [Keys(PATHS, SUITE, model, suite.seed, method) for model in suite.models for method in suite.methods]
+    return Keys(PATHS, wildcards.suite, wildcards.model, int(wildcards.get("seed", 0)), wildcards.get("method", ""))
 
 
 @user_error
@@ -65,4 +58,4 @@ def text_source(text):
 
 
 SOURCES = user_error(load_sources)(PATHS.sources)
-SUITE_KEYS = suite_keys()
+user_error(load_suite)(SUITE, PATHS)  # names checked before anything else

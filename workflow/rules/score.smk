@@ -1,4 +1,29 @@
 # Scores of a stored checkpoint. The record of its quantization stands for the checkpoint.
+from mobie.jobs.data import windows_path
+
+WITH_WINDOWS = {"perplexity", "routing", "shift"}  # read token windows of a text
+WITH_REFERENCE = {"routing", "shift", "cka"}  # compare with the full-precision checkpoint
+BENCHMARKS = {"tasks": benchmark_sources, "hard": hard_sources}  # where a kind's items come from
+
+
+rule windows:
+    input:
+        model=lambda wildcards: model_inputs(wildcards),
+        text=lambda wildcards: text_source(wildcards.text),
+    output:
+        PATHS.windows("{suite}", "{model}", "{text}", "{protocol}"),
+    log:
+        PATHS.log("{suite}", "{model}", "windows-{text}-{protocol}"),
+    wildcard_constraints:
+        protocol=r"[0-9a-f]+",
+    threads: 1
+    params:
+        code=stale.windows_code(),
+    shell:
+        "{MOBIE} windows --suite {wildcards.suite} --model {wildcards.model} --text {wildcards.text}"
+        " --protocol {wildcards.protocol} > {log} 2>&1"
+
+
 def score_inputs(kind):
     """What a kind of score reads, as a function of the wildcards."""
 
@@ -6,15 +31,16 @@ def score_inputs(kind):
     def inputs(wildcards):
         keys = keys_of(wildcards)
         found = [keys.record("quantize")]
-        if kind == "tasks":
-            sources = benchmark_sources(keys)
-            return found + ([PATHS.mirror_stamp] if uses_mirror(sources) else [PATHS.source(s) for s in sources])
-        if kind == "routing":
+        if kind in WITH_REFERENCE:
             found.append(PATHS.record(keys.suite, keys.model, REFERENCE, keys.seed, "quantize"))
-            texts = (keys.protocol.routing.text,)
-        else:
-            texts = keys.protocol.texts
-        return found + list(dict.fromkeys(text_source(text) for text in texts))
+        if kind in WITH_WINDOWS:
+            protocols = getattr(keys.protocol, kind)
+            protocols = protocols if isinstance(protocols, tuple) else (protocols,)
+            found += [windows_path(keys, protocol) for protocol in protocols]
+        if kind in BENCHMARKS:
+            sources = BENCHMARKS[kind](keys)
+            found += [PATHS.mirror_stamp] if uses_mirror(sources) else [PATHS.source(s) for s in sources]
+        return list(dict.fromkeys(found))
 
     return inputs
 
@@ -30,7 +56,7 @@ def score_state(kind):
     return state
 
 
-for kind in ("perplexity", "tasks", "routing"):
+for kind in stale.SCORERS:
 
     rule:
         name:

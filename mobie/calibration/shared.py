@@ -1,0 +1,132 @@
+"""Loss gradients of a model on disk, so that jobs which need the same ones compute them once.
+
+What one backward pass gives (token weights), and the guided Hessians that follow from it, depend on the model, the
+calibration tokens, the channel groups and the bases that the gradients are read through; sixty method configs may share
+them. They lie in a folder that is named by a digest of all that:
+
+    000.safetensors …         token weights of each block
+    guided-000.safetensors …  guided Hessians of each block, unless they are too large to keep
+    cost.json                 CPU seconds of the backward pass; written after the token weights
+
+Every file is written whole or not at all, names what it belongs to, and carries a hash of its content: what is absent,
+damaged or another's is computed again, and two jobs at once write the same tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from mobie.calibration.capture import Guided, TokenWeights
+from mobie.calibration.gradients import (
+    content_digest,
+    load_checked,
+    load_token_weights,
+    save_checked,
+    save_token_weights,
+)
+from mobie.errors import DataError
+from mobie.methods.base import Method
+from mobie.models.base import Adapter
+from mobie.storage import write_json
+
+COST = "cost.json"
+LARGEST_GUIDED = 1 << 28  # bytes over all blocks; guided Hessians grow with the square of the width
+
+
+@dataclass(frozen=True)
+class GradientCache:
+    """Where jobs share loss gradients.
+
+    folder: holds one folder for each set of them.
+    source: digest of the model, the calibration tokens and the code.
+    """
+
+    folder: Path
+    source: str
+
+    def key(self, model: nn.Module, adapter: Adapter, method: Method, batch_sequences: int) -> str:
+        """SHA-256 of all that decides the gradients: source, channel groups, bases, sequences per batch.
+
+        Whether the router is quantized counts as well: the full-precision stream runs with the router as it is kept.
+        """
+        parts = [self.source, method.gradient_groups, method.quantizes_router, batch_sequences]
+        hashed = hashlib.sha256(json.dumps(parts).encode())
+        for index, block in enumerate(adapter.blocks(model)):
+            bank = adapter.expert_bank(block)
+            bases = {} if bank is None else method.gradient_bases(bank)
+            for name, basis in sorted(bases.items()):
+                what = "identity" if basis is None else content_digest({"basis": basis})
+                hashed.update(f"/{index}/{name}/{what}".encode())
+        return hashed.hexdigest()
+
+
+class GradientFolder:
+    """Loss gradients of all blocks of a model in one folder; `fingerprint` stands for all that decides them."""
+
+    def __init__(self, folder: Path, fingerprint: str, blocks: int) -> None:
+        self._folder, self._fingerprint, self._blocks = folder, fingerprint, blocks
+
+    def _weights_path(self, index: int) -> Path:
+        return self._folder / f"{index:03d}.safetensors"
+
+    def _guided_path(self, index: int) -> Path:
+        return self._folder / f"guided-{index:03d}.safetensors"
+
+    def cost(self) -> float | None:
+        """CPU seconds of the backward pass, or None where that is not known."""
+        try:
+            return float(json.loads((self._folder / COST).read_text(encoding="utf-8"))["cpu_seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def has_weights(self) -> bool:
+        """Whether the token weights of every block are there and whole."""
+        try:
+            return all(self.weights(index) is not None for index in range(self._blocks))
+        except DataError:
+            return False
+
+    def weights(self, index: int) -> TokenWeights | None:
+        """Token weights of a block, or None where there are none. Raises `DataError` for a damaged file."""
+        return load_token_weights(self._weights_path(index), self._fingerprint)
+
+    def save_weights(self, weights: Sequence[TokenWeights], cpu_seconds: float) -> None:
+        """Write the token weights of all blocks, then what they cost. Raises `StorageError`."""
+        for index, block in enumerate(weights):
+            save_token_weights(self._weights_path(index), block, self._fingerprint)
+        write_json(self._folder / COST, {"cpu_seconds": cpu_seconds})
+
+    def guided(self) -> list[Guided] | None:
+        """Guided Hessians of all blocks; None unless every block's are there and whole."""
+        found = []
+        for index in range(self._blocks):
+            try:
+                loaded = load_checked(self._guided_path(index), self._fingerprint)
+            except DataError:
+                return None
+            if loaded is None:
+                return None
+            tensors, notes = loaded
+            by_part: dict[str, dict[str, Tensor]] = {"linears": {}, "experts": {}, "pooled": {}}
+            for name, tensor in tensors.items():
+                part, _, rest = name.partition(".")
+                by_part[part][rest] = tensor
+            found.append(Guided(**by_part, unmatched=notes["unmatched"], cpu_seconds=notes["cpu_seconds"]))
+        return found
+
+    def save_guided(self, index: int, guided: Guided) -> None:
+        """Write a block's guided Hessians, unless those of all blocks together are too large. Raises `StorageError`."""
+        tensors = {
+            f"{part}.{name}": tensor
+            for part in ("linears", "experts", "pooled")
+            for name, tensor in getattr(guided, part).items()
+        }
+        if self._blocks * sum(tensor.nbytes for tensor in tensors.values()) <= LARGEST_GUIDED:
+            notes = {"unmatched": guided.unmatched, "cpu_seconds": guided.cpu_seconds}
+            save_checked(self._guided_path(index), tensors, self._fingerprint, notes)

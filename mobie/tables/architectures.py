@@ -1,0 +1,66 @@
+"""Shapes of mixture-of-experts models: the paper's from public configs, the suite's embedded one from its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from functools import cache
+
+from mobie.paper.printed import same_model
+from mobie.paths import PACKAGE, embedded_model
+from mobie.results import Model
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What decides a model's memory.
+
+    model:          name.
+    parameters:     number of weights.
+    hidden:         width between the layers.
+    intermediate:   width of one routed expert.
+    routed_experts: of one layer; `top_k` of them read a token.
+    shared_experts: of one layer, which read every token.
+    """
+
+    model: str
+    parameters: int
+    hidden: int
+    intermediate: int
+    routed_experts: int
+    shared_experts: int
+    top_k: int
+
+
+@cache
+def architectures() -> tuple[Architecture, ...]:
+    """Models that the paper uses, in the order of `mobie/paper/architectures.csv`."""
+    with (PACKAGE / "paper" / "architectures.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    numbers = [name for name in Architecture.__dataclass_fields__ if name != "model"]
+    return tuple(Architecture(row["model"], **{name: int(row[name]) for name in numbers}) for row in rows)
+
+
+def architecture(name: str) -> Architecture:
+    """One of the paper's models by any of its names. Raises `KeyError` for a model it does not use."""
+    for found in architectures():
+        if same_model(found.model, name):
+            return found
+    raise KeyError(name)
+
+
+def embedded_architecture(model: Model) -> Architecture | None:
+    """The shape of a model that ships in the package; None for another."""
+    if model.config is None or model.config.source != "embedded":
+        return None
+    config = json.loads((embedded_model(model.config.repo) / "config.json").read_text(encoding="utf-8"))
+    return Architecture(
+        model.label,
+        model.config.parameters,
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["num_experts"],
+        config.get("n_shared_experts", 0),
+        config["num_experts_per_tok"],
+    )

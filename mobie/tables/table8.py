@@ -1,0 +1,70 @@
+"""Table 8: harder tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mobie.results import Model, Results, average
+from mobie.tables.table import Column, Row, Table, model_notes
+from mobie.tables.table2 import (
+    BITS_COLUMNS,
+    BITS_LEGEND,
+    STORED_COLUMNS,
+    bits_cells,
+    item_notes,
+    method_rows,
+    papers_rows,
+)
+
+#: which measurement of the records stands in a column: exact match of the number, share of problems solved at once
+METRICS = {
+    "mmlu": "acc",
+    "mathqa": "acc",
+    "gsm8k": "exact_match",
+    "mbpp": "pass_at_1",
+    "humaneval": "pass_at_1",
+}
+HEADINGS = {"mmlu": "MMLU", "mathqa": "MathQA", "gsm8k": "GSM8K", "mbpp": "MBPP", "humaneval": "HumanEval"}
+TASKS = tuple(METRICS)
+
+
+def build(results: Results) -> Table:
+    """Read the records of the paper's rows: bits, harder tasks."""
+    return hard_table("table8", results, "harder tasks", TASKS)
+
+
+def hard_table(name: str, results: Results, title: str, tasks: Sequence[str], notes: Sequence[str] = ()) -> Table:
+    """A table of harder tasks with their average, in the paper's rows."""
+    models = results.models(name)
+    rows = [row for model in models for row in _model_rows(name, results, model, tasks)]
+    metrics = ", ".join(f"{HEADINGS[task]} `{METRICS[task]}`" for task in tasks)
+    return Table(
+        name,
+        results.suite_name,
+        title,
+        "method",
+        (
+            *BITS_COLUMNS,
+            *(Column(task, HEADINGS[task], better="higher") for task in tasks),
+            Column(_average_name(tasks), f"Avg. {len(tasks)}", better="higher"),
+            *STORED_COLUMNS,
+        ),
+        tuple(rows),
+        (*model_notes(results, models), *notes, *item_notes(rows, tasks)),
+        (f"In per cent. Metrics: {metrics}.", "The average is there only where all its parts are.", BITS_LEGEND),
+        tuple(models),
+    )
+
+
+def _average_name(tasks: Sequence[str]) -> str:
+    return f"avg{len(tasks)}"
+
+
+def _model_rows(table: str, results: Results, model: Model, tasks: Sequence[str]) -> list[Row]:
+    wanted = papers_rows(table, results)
+    cells = {}
+    for name in (row.method for row in wanted if row.method is not None):
+        scores = {task: results.cell(model, name, "hard", f"{task}.{METRICS[task]}", scale=100) for task in tasks}
+        average_cell = average(list(scores.values()))
+        cells[name] = {**bits_cells(results, model, name), **scores, _average_name(tasks): average_cell}
+    return method_rows(table, results, model, wanted, cells)

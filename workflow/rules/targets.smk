@@ -1,0 +1,85 @@
+# Tables and figures: records in, files out; seconds, no model. What a target reads is asked of the code that builds it.
+from mobie.figures import FIGURES, figure_records
+from mobie.tables import TABLES, table_records
+from mobie.verdicts import verdict_records
+
+
+localrules:
+    table,
+    figure,
+    claims,
+    report,
+
+
+@user_error
+def target_state(name):
+    """Code, suite, protocol and labels: a change in any of them makes a table or figure stale."""
+    return stale.target_state(name, SUITE, PATHS)
+
+
+rule table:
+    input:
+        lambda wildcards: user_error(table_records)(wildcards.table, SUITE, PATHS),
+    output:
+        [PATHS.table("{table}", suffix) for suffix in ("csv", "md", "tex", "long.csv")],
+    log:
+        PATHS.log("tables", "{table}"),
+    wildcard_constraints:
+        table="|".join(TABLES),
+    threads: 1
+    params:
+        suite=SUITE,
+        stale=lambda wildcards: target_state(f"mobie.tables.{wildcards.table}"),
+    shell:
+        "{MOBIE} table {wildcards.table} --suite {params.suite} > {log} 2>&1"
+
+
+rule figure:
+    input:
+        lambda wildcards: user_error(figure_records)(wildcards.figure, SUITE, PATHS),
+    output:
+        [PATHS.figure("{figure}", suffix) for suffix in ("svg", "pdf", "png", "csv")],
+    log:
+        PATHS.log("figures", "{figure}"),
+    wildcard_constraints:
+        figure="|".join(FIGURES),
+    threads: 1
+    params:
+        suite=SUITE,
+        stale=lambda wildcards: target_state(f"mobie.figures.{wildcards.figure}"),
+    shell:
+        "{MOBIE} figure {wildcards.figure} --suite {params.suite} > {log} 2>&1"
+
+
+rule claims:
+    input:
+        lambda _: user_error(verdict_records)(SUITE, PATHS),
+    output:
+        [PATHS.table("claims", suffix) for suffix in ("csv", "md", "json")],
+    log:
+        PATHS.log("claims"),
+    threads: 1
+    params:
+        suite=SUITE,
+        stale=lambda _: target_state("mobie.verdicts"),
+    shell:
+        "{MOBIE} claims --suite {params.suite} > {log} 2>&1"
+
+
+# The report reads every record by itself, logs too; what it is made of is declared so that it comes last.
+rule report:
+    input:
+        [PATHS.table(table, "csv") for table in TABLES],
+        [PATHS.figure(figure, "svg") for figure in FIGURES],
+        rules.claims.output,
+        rules.audit.output,
+    output:
+        PATHS.report,
+    log:
+        PATHS.log("report"),
+    threads: 1
+    params:
+        suite=SUITE,
+        stale=lambda _: target_state("mobie.report.build"),
+    shell:
+        "{MOBIE} report --suite {params.suite} > {log} 2>&1"
