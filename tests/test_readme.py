@@ -14,6 +14,7 @@ from mobie.errors import DataError
 from mobie.paths import Layout
 from mobie.report.readme import PART, PARTS, fill_readme, markdown_table
 from mobie.results import Results
+from mobie.storage import write_bytes, write_json
 from mobie.tables import build_table
 from mobie.tables.table import write_table
 
@@ -24,7 +25,33 @@ def test_every_generated_part_stands_in_the_readme_and_is_filled() -> None:
     parts = {match["name"]: match[0] for match in PART.finditer(README)}
     assert parts.keys() == PARTS.keys()
     for name, text in parts.items():
-        assert text.count("\n|") >= 3, f"{name} holds no table: run `python -m mobie readme`"
+        images = re.findall(r"!\[.+\]\((.+)\)", text)
+        assert images or text.count("\n|") >= 3, f"{name} is empty: run `python -m mobie readme`"
+        for image in images:
+            assert (default_layout().root / image).stat().st_size > 0
+
+
+def test_the_figure_is_copied_to_where_it_is_committed(repository: Layout) -> None:
+    path = repository.root / "README.md"
+    path.write_text("<!-- generated: pareto -->\n<!-- end -->\n")
+    with pytest.raises(DataError, match=r"pareto\.svg: no such file"):
+        fill_readme(repository)
+    write_bytes(repository.figure("pareto", "svg"), b"<svg/>")
+    fill_readme(repository)
+    assert "](paper_figures/readme/pareto.svg)" in path.read_text()
+    assert repository.readme_figure("pareto", "svg").read_bytes() == b"<svg/>"
+
+
+def test_claims_are_counted_and_listed(repository: Layout) -> None:
+    path = repository.root / "README.md"
+    path.write_text("<!-- generated: claims -->\n<!-- end -->\n")
+    claim = {"id": "speed", "claim": "2 | 3 * faster", "paper": "not checkable", "verdict": "not run"}
+    found = {"counts": {"not run": 1}, "paper_counts": {"not checkable": 1}, "claims": [claim]}
+    write_json(repository.table("claims", "json"), found)
+    fill_readme(repository)
+    text = path.read_text()
+    assert "| this suite: not run | 1 |" in text and "| the paper's own entries: not checkable | 1 |" in text
+    assert r"| speed | 2 \| 3 \* faster | not checkable | not run |" in text
 
 
 def test_parts_are_rewritten_and_the_rest_is_left(repository: Layout) -> None:

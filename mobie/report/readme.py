@@ -16,7 +16,7 @@ from mobie.config import load_suite
 from mobie.errors import DataError
 from mobie.paths import PACKAGE, Layout, embedded_model
 from mobie.records import read_record
-from mobie.storage import write_text
+from mobie.storage import write_bytes, write_text
 
 PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 JOBS = ("quantize", "perplexity", "tasks", "routing")
@@ -30,8 +30,10 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _table2(layout: Layout) -> str:
-    text = layout.table("table2", "md").read_text()
-    return re.sub(r"^#", "###", text, flags=re.MULTILINE)
+    """The table under the README's own headings, without the paper's table, which is folded at its end."""
+    text = layout.table("table2", "md").read_text(encoding="utf-8")
+    text = re.sub(r"<details>.*?</details>\n*", "", text, flags=re.DOTALL)
+    return re.sub(r"^#", "###", text, flags=re.MULTILINE).rstrip() + "\n"
 
 
 def _benchmark(path: Path) -> dict[str, str]:
@@ -40,18 +42,19 @@ def _benchmark(path: Path) -> dict[str, str]:
 
 
 def _times(layout: Layout) -> str:
-    """Seconds and peak memory of every job of the default suite."""
+    """Seconds of the jobs behind Table 2, and time and peak memory of all jobs of the default suite."""
     suite = load_suite("smoke", layout)
-    rows, total, peak = [], 0.0, 0.0
+    rows = []
     for method in suite.methods:
-        cells = []
-        for job in JOBS:
-            measured = _benchmark(layout.benchmark("smoke", suite.models[0], method, f"s{suite.seed}", job))
-            cells.append(float(measured["s"]))
-            peak = max(peak, float(measured["max_rss"]))
-        total += sum(cells)
+        paths = [layout.benchmark("smoke", suite.models[0], method, f"s{suite.seed}", job) for job in JOBS]
+        cells = [float(_benchmark(path)["s"]) for path in paths]
         rows.append([f"`{method}`", *(f"{cell:.0f}" for cell in cells), f"{sum(cells):.0f}"])
-    note = f"\nAll jobs one after the other: {total / 60:.1f} minutes. Peak memory of a job: {peak / 1024:.2f} GiB.\n"
+    every = [_benchmark(path) for path in layout.benchmarks("smoke")]
+    total, peak = sum(float(one["s"]) for one in every), max(float(one["max_rss"]) for one in every)
+    note = (
+        f"\nAll {len(every)} jobs of the suite that use a model, one after the other: {total / 60:.0f} minutes. "
+        f"Peak memory of a job: {peak / 1024:.2f} GiB.\n"
+    )
     return markdown_table(["seconds per job", *JOBS, "sum"], rows) + note
 
 
@@ -100,10 +103,42 @@ def _audit(layout: Layout) -> str:
     return markdown_table(["audit", "count"], counts) + "\n" + listing
 
 
+def _claims(layout: Layout) -> str:
+    """Statements by verdict, and each with both verdicts."""
+    found = json.loads(layout.table("claims", "json").read_text(encoding="utf-8"))
+    counts = [[f"this suite: {name}", str(n)] for name, n in found["counts"].items()]
+    counts += [[f"the paper's own entries: {name}", str(n)] for name, n in found["paper_counts"].items()]
+    rows = [[claim["id"], _cell(claim["claim"]), claim["paper"], claim["verdict"]] for claim in found["claims"]]
+    listing = markdown_table(["id", "statement", "the paper's own entries", "this suite"], rows)
+    folded = f"<details><summary>The {len(rows)} statements</summary>\n\n{listing}\n</details>\n"
+    return markdown_table(["verdict", "statements"], counts) + "\n" + folded
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+
+
+def _pareto(layout: Layout) -> str:
+    """The figure of accuracy and perplexity against stored bits, copied to where it is committed."""
+    picture = layout.readme_figure("pareto", "svg")
+    write_bytes(picture, layout.figure("pareto", "svg").read_bytes())
+    where = picture.relative_to(layout.root).as_posix()
+    return f"![Quality against bits really stored, every method and setting, with the Pareto front]({where})\n"
+
+
+def _sensitivity(layout: Layout) -> str:
+    """The readings of the paper by the size of their effect."""
+    lines = layout.table("sensitivity", "md").read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if line.startswith("|")) + "\n"
+
+
 PARTS: dict[str, Callable[[Layout], str]] = {
     "audit": _audit,
+    "claims": _claims,
     "nano": _nano,
+    "pareto": _pareto,
     "quantize-cpu": _quantize_cpu,
+    "sensitivity": _sensitivity,
     "table2": _table2,
     "times": _times,
 }
@@ -128,7 +163,7 @@ def fill_readme(layout: Layout) -> list[str]:
         except OSError as error:
             raise DataError(
                 f"{error.filename}: no such file, needed for the part {match['name']!r} of README.md; "
-                "run `snakemake --cores all results/table2.csv` first"
+                "run `snakemake --cores all` first"
             ) from error
 
     write_text(path, PART.sub(fill, text))
