@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path, dir_okay=False)
 SUITE = click.option("--suite", default="smoke", show_default=True, help="File in workflow/config/suites.")
 MODEL = click.option("--model", help="File in workflow/config/models.  [default: the suite's first model]")
-METHOD = click.option("--method", required=True, help="File in workflow/config/methods, e.g. gptq-w3.")
+METHOD = click.option("--method", required=True, help="File in workflow/config/methods, or NAME+KEY=VALUE.")
 SEED = click.option("--seed", type=click.IntRange(min=0), help="Of the calibration sample.  [default: the suite's]")
 Decorated = Callable[..., Any]
 
@@ -66,10 +66,11 @@ class ErrorsWithoutTraceback(click.Group):
     cls=ErrorsWithoutTraceback, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 def main() -> None:
-    """MoBiE: quantize mixture-of-experts language models, score them, rebuild the paper's tables.
+    """MoBiE: quantize mixture-of-experts language models, score them, rebuild the paper's tables and figures.
 
-    The whole job is `snakemake --cores all results/table2.csv`; it calls the verbs below, each of which can be called
-    by hand as well. To look at one method in two seconds, use `try`.
+    The whole job is `snakemake --cores all`; it calls the verbs below, each of which can be called by hand as well.
+    METHOD is a file in workflow/config/methods, or one with changes: `mobie+regularization=0.3` or
+    `billm+calibration.text=web-calibration`. To look at one method in two seconds, use `try`.
     """
 
 
