@@ -17,6 +17,7 @@ include: "workflow/rules/nano.smk"
 include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/score.smk"
+include: "workflow/rules/speed.smk"
 include: "workflow/rules/audit.smk"
 include: "workflow/rules/targets.smk"
 

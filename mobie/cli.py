@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mobie.errors import MobieError
+from mobie.kernels.command import kernels_command, tune_command
 from mobie.paper.audit.command import audit_command
 
 if TYPE_CHECKING:
@@ -318,11 +319,100 @@ def score_generations_command(suite: str, model: str | None, method: str, seed: 
     _score("generations", suite, model, method, seed)
 
 
+@main.command(name="speed")
+@keys_options(method=True)
+@click.option("--batch", type=click.IntRange(min=1), help="Rows.  [default: the protocol's]")
+@click.option("--prefill", type=click.IntRange(min=1), help="Tokens of each prompt.  [default: the protocol's]")
+@click.option("--decode", type=click.IntRange(min=2), help="New tokens of each row.  [default: the protocol's]")
+@click.option("--router", type=click.Choice(["natural", "balanced", "zipf"]), help="This routing only.")
+@click.option("--weights", type=click.Choice(["random", "stored"]), help="[default: random for a published shape]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: a GPU where there is one]")
+@click.option("--sweep", is_flag=True, help="Every runner with every batch size and routing, not only ours.")
+@click.option("--out", type=FILE, help="Write the record here.  [default: only a run without changes is stored]")
+def speed_command(
+    suite: str,
+    model: str | None,
+    method: str,
+    seed: int | None,
+    batch: int | None,
+    prefill: int | None,
+    decode: int | None,
+    router: str | None,
+    weights: str | None,
+    device: str | None,
+    sweep: bool,
+    out: Path | None,
+) -> None:
+    """Time a model packed by METHOD: tokens per second, time to first token, memory, share of the roofline.
+
+    Beside it, in the same process: the same model in 16 bits with the library's experts implementations and with our
+    runner, and other projects' runners where they are installed. Models of published shape get random weights and need
+    a GPU. A run with other numbers than the protocol's is shown, and stored only where --out says.
+
+    \b
+    python -m mobie speed --method mobie
+    python -m mobie speed --suite paper --model qwen1.5-moe-a2.7b --method mobie
+    python -m mobie speed --suite paper --model olmoe-1b-7b --method mobie --batch 16 --prefill 512 --out b16.json
+    """
+    from mobie.jobs.speed import Options, change_protocol, speed_job, speed_lines
+    from mobie.records import write_record
+
+    keys = _keys(suite, model, seed, method)
+    _one_thread()
+    protocol = change_protocol(keys.protocol.speed, batch=batch, prefill=prefill, decode=decode, router=router)
+    options = Options(weights, device, sweep)
+    record = speed_job(keys, protocol, options, progress=sys.stderr.isatty())
+    changed = options != Options() or protocol != keys.protocol.speed
+    if out is not None or not changed:
+        write_record(out or keys.record("speed"), record)
+    _report(record)
+    for line in speed_lines(record):
+        click.echo(line)
+
+
+@main.command(name="chat")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--prompt", help="Answer this text and leave; else read texts from the terminal.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of one answer.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.7,
+    show_default=True,
+    help="0 takes the likeliest token.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of sampling.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="To compute in.  [default: the checkpoint's on a GPU, float32 on a CPU]",
+)
+def chat_command(
+    folder: Path, prompt: str | None, max_new_tokens: int, temperature: float, seed: int, dtype: str | None
+) -> None:
+    """Talk to the packed checkpoint in FOLDER; a model without a chat template continues the text.
+
+    \b
+    python -m mobie chat results/smoke/nano-olmoe/mobie/s0/checkpoint
+    python -m mobie chat FOLDER --prompt "The capital of France" --max-new-tokens 20 --temperature 0
+    """
+    from mobie.chat import Chat, Options, load, talk, typed
+
+    model, tokenizer = load(folder, dtype)
+    chat = Chat(model, tokenizer, Options(max_new_tokens, temperature, seed), sys.stdout)
+    if prompt is not None:
+        click.echo(f"[{chat.answer(prompt)}]", err=True)
+        return
+    how = "end with /exit" if chat.has_template else "it has no chat template and continues your text; end with /exit"
+    click.echo(f"{folder}: {how}", err=True)
+    talk(chat, typed(), sys.stdout, sys.stderr)
+
+
 @main.command(name="table")
 @click.argument("name")
 @SUITE
 def table_command(name: str, suite: str) -> None:
-    """Build a table of a suite (table1 … table11, sensitivity) from the records that exist.
+    """Build a table of a suite (table1 … table11, sensitivity, speed) from the records that exist.
 
     What is missing is a hole with its reason. Needs no model.
 
@@ -523,3 +613,5 @@ def schema_command() -> None:
 
 
 main.add_command(audit_command)
+main.add_command(kernels_command)
+main.add_command(tune_command)

@@ -25,6 +25,7 @@ from mobie.scoring.perplexity import PerplexityProtocol
 from mobie.scoring.routing import RoutingProtocol
 from mobie.scoring.shift import ShiftProtocol
 from mobie.scoring.tasks import TasksProtocol
+from mobie.speed.setting import SpeedProtocol
 
 if TYPE_CHECKING:
     from mobie.methods.base import Method
@@ -129,6 +130,7 @@ class ProtocolConfig(Strict):
     cka: CkaProtocol
     generations: GenerationsProtocol
     hard: HardProtocol
+    speed: SpeedProtocol
 
     @property
     def texts(self) -> tuple[str, ...]:

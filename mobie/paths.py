@@ -8,6 +8,7 @@
 - `results/SUITE/MODEL/windows/`: token windows of the texts that are scored
 - `results/SUITE/MODEL/gradients/`: loss gradients, shared by the methods that need the same
 - `results/SUITE/MODEL/METHOD/sSEED/`: checkpoint/ and one record per job
+- `results/published/SUITE/MODEL/METHOD/sSEED/`: committed records of a machine with a GPU
 - `results/table2.{csv,md,tex,long.csv}`: tables; `results/claims.{csv,md,json}`, `results/report.html`
 - `paper_figures/fig6.{svg,pdf,png,csv}`: figures, with the values drawn
 - `logs/`: log (.log) and measured time and memory (.tsv) of a job, by the same keys
@@ -131,6 +132,10 @@ class Layout:
 
     def record(self, suite: str, model: str, method: str, seed: int | str, kind: str) -> Path:
         return self.run(suite, model, method, seed) / f"{kind}.json"
+
+    def published(self, suite: str, model: str, method: str, seed: int | str, kind: str) -> Path:
+        """A committed record of another machine: read where this one cannot make its own (speed on a GPU)."""
+        return self.root / "results" / "published" / suite / model / method / f"s{seed}" / f"{kind}.json"
 
     def table(self, name: str, suffix: str) -> Path:
         return self.root / "results" / f"{name}.{suffix}"

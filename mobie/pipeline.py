@@ -39,16 +39,18 @@ from mobie.packing.bank import split_gate_up
 from mobie.packing.base import BitLedger
 from mobie.packing.checkpoint import (
     KEPT,
+    BlockNames,
     PackedBlock,
     block_path,
     load_block,
+    read_fingerprint,
     save_block,
-    save_manifest,
     save_tensors,
+    weight_files,
     write_block,
 )
+from mobie.packing.folder import finish_folder, refuse_quantized
 from mobie.packing.summary import bits_by_component, scale_summary
-from mobie.storage import storage_errors
 
 BATCH_SEQUENCES = 8
 DEFAULT_POLICY = CalibrationPolicy()
@@ -176,7 +178,8 @@ def _save_kept(
         for i, block in enumerate(adapter.blocks(model))
         for name in adapter.quantized_parameters(block, router=method.quantizes_router)
     }
-    kept = {n: p.detach().to(dtype) for n, p in model.state_dict().items() if n not in packed}
+    skipped = packed | set(model.all_tied_weights_keys)  # a tied parameter is stored once, under its first name
+    kept = {n: p.detach().to(dtype) for n, p in model.state_dict().items() if n not in skipped}
     save_tensors(folder / KEPT, kept, {"fingerprint": fingerprint})
     model.load_state_dict(kept, strict=False)  # go on with what is stored
     return sum(t.numel() * t.element_size() for t in kept.values())
@@ -227,6 +230,7 @@ def quantize(
         StorageError: the checkpoint cannot be written.
     """
     adapter = Adapter(model_type(model_folder))
+    refuse_quantized(model_folder)
     model = load_full_precision(model_folder)
     check_attention(model)
     _check_calibration(calibration, model)
@@ -239,11 +243,9 @@ def quantize(
         loop.enter(batches)
         blocks = adapter.blocks(model)
         reports = [loop.step(i, block) for i, block in enumerate(tqdm(blocks, "blocks", disable=not progress))]
-    _copy_side_files(model_folder, out)
-    save_manifest(out, fingerprint, model.config.model_type, len(blocks), method.quantizes_router)
+    finish_folder(model_folder, out, model, method, fingerprint=fingerprint, blocks=len(blocks))
     shutil.rmtree(loop.work, ignore_errors=True)
-    files = [*out.glob("block-*.safetensors"), out / KEPT]
-    file_bytes = sum(file.stat().st_size for file in files)
+    file_bytes = sum(file.stat().st_size for file in weight_files(out, len(blocks)))
     by_block = {f"block{index}": BitLedger.merge(ledgers) for index, ledgers in enumerate(loop.ledgers)}
     return QuantizeReport(
         BitLedger.merge(by_block),
@@ -322,14 +324,18 @@ class _Loop:
             self._stream = behind if self.policy.inputs == "full_precision" else self._stream.through(block)
         self.ledgers.append(_part_ledgers(stored.block, self.adapter.router(block)))
         seconds = None if self._finished[index] else time.process_time() - began + credit
-        return {"block": index, "cpu_seconds": seconds, **stored.details}
+        scales = scale_summary(stored.block.parts())
+        return {"block": index, "cpu_seconds": seconds, **stored.details, "scales": scales}
 
     def _shard_fingerprint(self, index: int) -> str:
         return hashlib.sha256(f"{self._fingerprint}/{index}".encode()).hexdigest()
 
     def _is_finished(self, index: int) -> bool:
         path = block_path(self.out, index)
-        return path.exists() and load_block(path).fingerprint == self._shard_fingerprint(index)
+        if not path.exists() or read_fingerprint(path) != self._shard_fingerprint(index):
+            return False
+        load_block(path)  # refuses a damaged file before anything is computed
+        return True
 
     def _pass_by(self, block: nn.Module) -> Stream:
         """A finished block: move the full-precision stream on, and the other one where it has full-precision inputs."""
@@ -355,8 +361,8 @@ class _Loop:
             statistics = BlockStatistics(self._stream.shape(groups, experts), self.policy.experts == "all_experts")
             behind = self._stream.observe(block, experts, self.model.config, statistics)
         packed, details = _quantize_block(block, self.adapter, self.method, statistics, guided)
-        details["scales"] = scale_summary(packed.parts())
-        save_block(block_path(self.out, index), packed, self._shard_fingerprint(index), details)
+        names = BlockNames.of(self.adapter, index)
+        save_block(block_path(self.out, index), packed, self._shard_fingerprint(index), details, names)
         return credit, behind
 
     def _guided_of(self, index: int, block: nn.Module) -> Guided:
@@ -369,11 +375,3 @@ class _Loop:
         if self._shares:
             self._gradients.save_guided(index, guided)
         return guided
-
-
-def _copy_side_files(model_folder: Path, out: Path) -> None:
-    """Configuration and tokenizer files, as they are."""
-    for file in sorted(model_folder.iterdir()):
-        if file.suffix in {".json", ".txt", ".model"} and "safetensors" not in file.name:
-            with storage_errors(out / file.name):
-                shutil.copyfile(file, out / file.name)

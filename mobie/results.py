@@ -27,9 +27,9 @@ from mobie.records import Record, read_record
 
 CHANCE_STDERRS = 2.0
 #: kinds of records that a rule makes
-KINDS = ("quantize", "perplexity", "tasks", "routing", "shift", "cka", "generations", "hard")
-#: kinds that no rule makes yet → why
-LATER = {"speed": "speed is not measured yet: the suite has no kernels"}
+KINDS = ("quantize", "perplexity", "tasks", "routing", "shift", "cka", "generations", "hard", "speed")
+#: kinds whose committed records stand in where a suite has none, or a skipped one: they need a machine with a GPU
+PUBLISHED = ("speed",)
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Cell:
         if self.value is None or self.chance is None or self.stderr is None:
             return False
         return self.value - self.chance <= CHANCE_STDERRS * self.stderr
+
+
+def is_published(cell: Cell) -> bool:
+    """Whether a value comes from a committed record of another machine."""
+    return cell.record.startswith("results/published/")
 
 
 def average(cells: Sequence[Cell]) -> Cell:
@@ -125,22 +130,36 @@ class Results:
         """A method config or a variant of one."""
         return load_method(name, self.layout)
 
-    @staticmethod
-    def available(kind: str) -> bool:
-        """Whether a rule makes this kind of record. Raises `ValueError` for a kind that is not known at all."""
-        if kind not in KINDS and kind not in LATER:
-            raise ValueError(f"unknown kind of record {kind!r}")
-        return kind in KINDS
-
     def record(self, model: Model, method: str, kind: str, seed: int | None = None) -> Record | None:
-        """The record of a job, or None where it has not run (or in a plan).
+        """The record of a job, or a published one in its place; None where it has not run (or in a plan).
 
         Raises:
             DataError: the record is damaged.
         """
-        if model.absent is not None or not self.available(kind):
-            return None
+        return self._found(model, method, kind, seed)[1]
+
+    def _found(self, model: Model, method: str, kind: str, seed: int | None) -> tuple[Path, Record | None]:
+        """Where a record lies that is read, and the record."""
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind of record {kind!r}")
         path = self.path(model, method, kind, seed)
+        if model.absent is not None:
+            return path, None
+        record = self._read(path)
+        if kind not in PUBLISHED:
+            return path, record
+        published = self.published(self.suite_name, model.name, method, kind, seed)
+        stands_in = published is not None and (record is None or record.status == "skipped")
+        return published if stands_in else (path, record)
+
+    def published(
+        self, suite: str, model: str, method: str, kind: str, seed: int | None = None
+    ) -> tuple[Path, Record | None] | None:
+        """A committed record of any suite and its path, or None where there is none; in a plan without the record."""
+        path = self.layout.published(suite, model, method, self.suite.seed if seed is None else seed, kind)
+        return (path, self._read(path)) if path.exists() else None
+
+    def _read(self, path: Path) -> Record | None:
         self.asked[path] = None
         if self.plan:
             return None
@@ -163,10 +182,8 @@ class Results:
         """
         if model.absent is not None:
             return Cell(None, status="absent", reason=model.absent)
-        if not self.available(kind):
-            return Cell(None, status="unsupported", reason=LATER[kind])
-        record = self.record(model, method, kind, seed)
-        where = self.path(model, method, kind, seed).relative_to(self.layout.root).as_posix()
+        path, record = self._found(model, method, kind, seed)
+        where = path.relative_to(self.layout.root).as_posix()
         if record is None:
             return Cell(None, status="missing", reason="its job has not run", record=where)
         if not record.ok:

@@ -9,12 +9,24 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the workflow's jobs; before anything imports torch
+HAS_GPU = Path("/dev/nvidiactl").exists()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: without a GPU kernels run in Python
 
 from mobie.errors import DataError  # noqa: E402
 from mobie.jobs.data import fetch_source  # noqa: E402
 from mobie.paths import PACKAGE, Layout  # noqa: E402
 
 ROOT = PACKAGE.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; this machine has none"))
 
 
 @pytest.fixture

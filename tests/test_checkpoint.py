@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from tiny import EXPERTS, HIDDEN, TOP_K, WIDTH, make_model, random_tokens, save_model
 from torch import Tensor
 
+from mobie.config import load_method
 from mobie.errors import DataError, StorageError
 from mobie.methods.fp16 import FP16
 from mobie.methods.rtn import RTN
@@ -25,6 +26,7 @@ from mobie.packing.binary import BinaryMatrix, Segment
 from mobie.packing.checkpoint import (
     KEPT,
     MANIFEST,
+    BlockNames,
     PackedBlock,
     block_path,
     load_block,
@@ -34,6 +36,7 @@ from mobie.packing.checkpoint import (
     save_tensors,
 )
 from mobie.packing.dense import Dense16
+from mobie.paths import embedded_model
 from mobie.pipeline import quantize
 
 
@@ -180,6 +183,9 @@ def test_gate_and_up_in_one_bank_share_the_basis_between_twice_as_many_matrices(
 # ---- blocks on disk --------------------------------------------------------------------------------------------------
 
 
+NAMES = BlockNames("model.layers.7.", "mlp.experts")
+
+
 def sample_block() -> PackedBlock:
     bank = PackedBank(tuple(binary(6, 11, c, seed=c) for c in (0, 2)), SymmetricRows.quantize(normal(9, 6), 8))
     return PackedBlock({"self_attn.q_proj": binary(4, 11, 1)}, {"gate": bank, "down": PackedBank((binary(4, 4, 0),))})
@@ -188,7 +194,7 @@ def sample_block() -> PackedBlock:
 def test_block_round_trips_through_a_file(tmp_path: Path) -> None:
     path = block_path(tmp_path, 7)
     assert path.name == "block-007.safetensors"
-    save_block(path, sample_block(), "job", {"tokens_per_expert": [1, 2], "output_error": {"a": 0.25}})
+    save_block(path, sample_block(), "job", {"tokens_per_expert": [1, 2], "output_error": {"a": 0.25}}, NAMES)
     shard = load_block(path)
     assert shard.fingerprint == "job"
     assert shard.details == {"tokens_per_expert": [1, 2], "output_error": {"a": 0.25}}
@@ -198,12 +204,76 @@ def test_block_round_trips_through_a_file(tmp_path: Path) -> None:
         assert_same(after[name], before[name])
 
 
+def test_tensors_are_named_as_in_the_model_and_replaced_parameters_have_no_elements(tmp_path: Path) -> None:
+    path = block_path(tmp_path, 7)
+    block = sample_block()
+    dense = Dense16(normal(3, 4).bfloat16())
+    save_block(path, PackedBlock({**block.linears, "self_attn.o_proj": dense}, block.experts), "job", {}, NAMES)
+    tensors, _ = read_tensors(path)
+    prefix = "model.layers.7."
+    empty = {name for name, tensor in tensors.items() if not tensor.numel() and "__" not in name}
+    q_proj, experts = f"{prefix}self_attn.q_proj.", f"{prefix}mlp.experts."
+    assert empty == {f"{q_proj}weight", f"{experts}gate_up_proj", f"{experts}down_proj"}
+    assert {n.removeprefix(q_proj) for n in tensors if n.startswith(q_proj)} == {
+        "weight",
+        "plain__signs",
+        "plain__row_scale",
+        "extra__signs",
+        "extra__row_scale",
+        "salient",
+    }
+    assert f"{experts}gate__basis__codes" in tensors and f"{experts}down__experts__plain__signs" in tensors
+    assert torch.equal(tensors[f"{prefix}self_attn.o_proj.weight"], dense.weight)  # stored as what it is
+    shard = load_block(path)
+    assert shard.replaced == empty
+    assert_same(shard.block.linears["self_attn.o_proj"], dense)
+
+
+def test_header_alone_gives_the_block_without_values(tmp_path: Path) -> None:
+    path = block_path(tmp_path, 7)
+    save_block(path, sample_block(), "job", {}, NAMES)
+    for name, part in load_block(path, values=False).block.parts().items():
+        original = sample_block().parts()[name]
+        assert part.header() == original.header() and part.shape == original.shape
+        got, expected = part.tensors(), original.tensors()
+        assert {k: (t.shape, t.dtype) for k, t in got.items()} == {k: (t.shape, t.dtype) for k, t in expected.items()}
+        assert all(tensor.is_meta for tensor in got.values())
+
+
+def test_headers_of_many_experts_are_small(tmp_path: Path) -> None:
+    """128 experts, each with another number of salient columns: under 1 % of a real layer's signs alone."""
+    experts = tuple(binary(4, 300, count, seed=count) for count in range(128))
+    path = block_path(tmp_path, 7)
+    save_block(path, PackedBlock({}, dict.fromkeys(("gate", "up", "down"), PackedBank(experts))), "job", {}, NAMES)
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    signs_of_a_layer = 3 * 128 * 768 * 2048 // 8  # of Qwen3-30B-A3B
+    assert header < signs_of_a_layer / 100
+    assert_same(load_block(path).block.experts["up"], PackedBank(experts))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_shapes_are_written_once_where_experts_share_them(equal: bool) -> None:
+    bank = PackedBank(tuple(binary(4, 10, 2 if equal else e, seed=e) for e in range(1, 4)))
+    header = bank.header()
+    assert header["shapes"]["plain.signs"] == {"all": [1, 4, 2]}
+    assert header["shapes"]["salient"] == ({"all": [2]} if equal else {"each": [[1], [2], [3]]})
+    assert_same(rebuilt(bank), bank)
+
+
+def test_shard_of_the_first_format_version_is_refused(tmp_path: Path) -> None:
+    path = block_path(tmp_path, 0)
+    save_tensors(path, {"linears.q:codes": torch.zeros(1)}, {"details": {}, "fingerprint": "job", "headers": {}})
+    with pytest.raises(DataError, match=r"block-000.*format version 1, expected 2; quantize again"):
+        load_block(path)
+
+
 def test_equal_contents_give_equal_bytes(tmp_path: Path) -> None:
     """safetensors writes several metadata entries in random order; a checkpoint must not show it."""
     digests = set()
     for i in range(20):
         path = tmp_path / f"{i}.safetensors"
-        save_block(path, sample_block(), "job", {"a": 1, "b": [2]})
+        save_block(path, sample_block(), "job", {"a": 1, "b": [2]}, NAMES)
         digests.add(hashlib.sha256(path.read_bytes()).hexdigest())
     assert len(digests) == 1
 
@@ -211,7 +281,7 @@ def test_equal_contents_give_equal_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [0, 5, 40, -1])
 def test_truncated_shard_is_refused_with_its_name_and_the_remedy(tmp_path: Path, cut: int) -> None:
     path = block_path(tmp_path, 0)
-    save_block(path, sample_block(), "job", {})
+    save_block(path, sample_block(), "job", {}, NAMES)
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(
         DataError, match=r"block-000\.safetensors.*expected a complete file; delete it and run the same"
@@ -234,7 +304,7 @@ def test_format_of_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytes
     path = block_path(tmp_path, 0)
     with monkeypatch.context() as patch:
         patch.setattr(BinaryMatrix, "format", "binary-2")
-        save_block(path, PackedBlock({"q": binary(4, 4, 0)}, {}), "job", {})
+        save_block(path, PackedBlock({"q": binary(4, 4, 0)}, {}), "job", {}, NAMES)
     with pytest.raises(DataError, match=r"block-000.*unknown format 'binary-2'.*binary.*newer version"):
         load_block(path)
 
@@ -282,16 +352,57 @@ def copy_of_finished(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "checkpoint"))
 
 
-def test_manifest_lists_every_weight_file_with_size_and_digest(finished: Path) -> None:
+def test_manifest_lists_every_file_that_decides_what_the_model_does_with_size_and_digest(finished: Path) -> None:
     manifest = json.loads((finished / MANIFEST).read_text())
     files = {p.name: p for p in finished.glob("*.safetensors")}
-    assert set(manifest["files"]) == set(files) == {"block-000.safetensors", "block-001.safetensors", KEPT}
-    for name, path in files.items():
-        data = path.read_bytes()
+    assert set(files) == {"block-000.safetensors", "block-001.safetensors", KEPT}
+    others = {"config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"}
+    assert set(manifest["files"]) == set(files) | others
+    for name in manifest["files"]:
+        data = (finished / name).read_bytes()
         assert manifest["files"][name] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert manifest["fingerprint"] == "job"
     assert manifest["model_type"] == "olmoe"
     assert manifest["blocks"] == 2
+
+
+def test_folder_has_what_the_library_reads(finished: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    assert config["model_type"] == "olmoe"
+    assert config["quantization_config"] == {
+        "quant_method": "mobie",
+        "format_version": 2,
+        "method": "rtn",
+        "options": {"bits": 3, "group_size": None},
+        "router_quantized": False,
+        "blocks": 2,
+    }
+    index = json.loads((finished / "model.safetensors.index.json").read_text())
+    stored = {n: p.name for p in finished.glob("*.safetensors") for n in read_tensors(p, values=False)[0]}
+    assert index["weight_map"] == stored
+    sizes = [t.nbytes for p in finished.glob("*.safetensors") for t in read_tensors(p)[0].values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert json.loads((finished / "generation_config.json").read_text())["eos_token_id"] == 1
+
+
+@pytest.mark.parametrize("name", ["mobie+iterations=1+glas=false+nges=false", "rtn-w2"])
+def test_files_of_the_shipped_model_are_within_one_per_cent_of_the_ledger(name: str, tmp_path: Path) -> None:
+    report = quantize(
+        embedded_model("nano-olmoe"), load_method(name).build(), random_tokens(1, 16), tmp_path, fingerprint="job"
+    )
+    held = sum(item.bytes for item in report.ledger.items) + report.kept_bytes
+    files = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert files == report.file_bytes
+    assert held < files < 1.01 * held
+
+
+def test_generation_configuration_is_written_where_the_model_has_none(tmp_path: Path) -> None:
+    source = save_model(make_model("olmoe", num_hidden_layers=1), tmp_path / "source")
+    (source / "generation_config.json").unlink()
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    quantize(source, RTN(bits=3), random_tokens(2, 8), tmp_path / "out", fingerprint="job")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 1
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_load_model_brings_the_tokenizer(finished: Path) -> None:
@@ -320,7 +431,15 @@ def test_newer_format_version_is_refused(copy_of_finished: Path) -> None:
     path = copy_of_finished / MANIFEST
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(DataError, match=r"manifest\.json: format version 99, this version reads up to 1; install"):
+    with pytest.raises(DataError, match=r"manifest\.json: format version 99, this version reads up to 2; install"):
+        load_model(copy_of_finished)
+
+
+def test_older_format_version_is_refused(copy_of_finished: Path) -> None:
+    path = copy_of_finished / MANIFEST
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"format_version": 1}))
+    with pytest.raises(DataError, match=r"manifest\.json: format version 1, which .* no longer reads.*quantize again"):
         load_model(copy_of_finished)
 
 

@@ -294,7 +294,7 @@ def test_a_job_says_what_it_did_not_score(
     keys = Keys(repository, "smoke", "nano-olmoe", 0, "fp16")
     shutil.copytree(mirror, repository.mirror)
     repository.mirror_stamp.write_text("{}")
-    monkeypatch.setattr(score, "_checkpoint", lambda *_: (repository.root, "0" * 64))
+    monkeypatch.setattr(score, "checkpoint_of", lambda *_: (repository.root, "0" * 64))
     monkeypatch.setattr(score, "_load", lambda *_: (model, tokenizer))
     job = score.JOBS["hard"](keys)
     assert set(job.inputs) == {"checkpoint", "group", "mirror"}

@@ -38,11 +38,11 @@ from mobie.calibration.stream import Stream
 from mobie.config import build_method, method_classes
 from mobie.errors import DataError, StorageError, UnsupportedError
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
-from mobie.models.base import Adapter
+from mobie.models.base import ARCHITECTURES, Adapter
 from mobie.models.load import load_full_precision
 from mobie.packing import checkpoint
 from mobie.packing.bank import GATE_UP, split_gate_up
-from mobie.packing.checkpoint import KEPT, MANIFEST, block_path, load_block, load_model, read_tensors
+from mobie.packing.checkpoint import KEPT, MANIFEST, block_path, load_block, load_model, read_tensors, save_tensors
 from mobie.pipeline import quantize
 
 #: every registered method, with options where it needs some; a method that is missing here fails a test below
@@ -76,7 +76,7 @@ def method(name: str) -> Method:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model folder of every architecture."""
     root = tmp_path_factory.mktemp("sources")
-    return {t: save_model(make_model(t), root / t) for t in ("olmoe", "qwen3_moe", "mixtral", "qwen2_moe")}
+    return {name: save_model(make_model(name), root / name) for name in ARCHITECTURES}
 
 
 class Watched:
@@ -117,6 +117,12 @@ def never(*_: Any, **__: Any) -> None:
 
 def weight_files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.glob("*")) if p.is_file()}
+
+
+def ledger_name(tensor: str, block: int) -> str:
+    """`model.layers.0.mlp.experts.gate__basis__scale` → `experts.gate.basis.scale`; Linears begin with `linears.`."""
+    name = tensor.removeprefix(f"model.layers.{block}.").replace("__", ".")
+    return name.removeprefix("mlp.") if name.startswith("mlp.experts.") else f"linears.{name}"
 
 
 def tensor_bytes(path: Path) -> int:
@@ -184,7 +190,7 @@ def check_bytes(report: Any, folder: Path) -> None:
     assert report.file_bytes == sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - {"olmoe"}))
 @pytest.mark.parametrize("name", ["fp16", "mobie-router"])
 def test_every_architecture_goes_through(name: str, model_type: str, sources: dict[str, Path], tmp_path: Path) -> None:
     report = quantize(sources[model_type], method(name), TOKENS, tmp_path, fingerprint="job")
@@ -207,7 +213,7 @@ def test_every_architecture_goes_through(name: str, model_type: str, sources: di
     assert report.ledger.weights == weights
 
 
-@pytest.mark.parametrize("model_type", ["olmoe", "qwen3_moe", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_fp16_reproduces_the_librarys_logits_bit_for_bit(
     model_type: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -273,7 +279,7 @@ def test_scales_and_bits_by_component_are_those_of_the_stored_tensors(
     report = quantize(sources["olmoe"], method(name), TOKENS, tmp_path, fingerprint="job")
     for index, entry in enumerate(report.blocks):
         tensors, _ = read_tensors(block_path(tmp_path, index))
-        stored = {n.replace(":", "."): t for n, t in tensors.items() if n.endswith("scale") and t.numel()}
+        stored = {ledger_name(n, index): t for n, t in tensors.items() if n.endswith("scale") and t.numel()}
         assert set(entry["scales"]) == set(stored)
         assert bool(stored) == (name != "fp16")
         for tensor_name, tensor in stored.items():
@@ -567,6 +573,13 @@ def test_a_finished_run_and_the_last_block_need_no_stream(
     assert len(passes) == 1  # of two blocks
     monkeypatch.setattr("mobie.pipeline.enter_first_block", never)
     quantize(sources["olmoe"], method("mobie"), TOKENS, tmp_path, fingerprint="job")
+
+
+def test_shards_of_the_first_format_version_are_written_anew(sources: dict[str, Path], tmp_path: Path) -> None:
+    for index in range(2):
+        save_tensors(block_path(tmp_path, index), {"linears.q:codes": torch.zeros(1)}, {"fingerprint": "old"})
+    quantize(sources["olmoe"], method("rtn"), TOKENS, tmp_path, fingerprint="job")
+    load_model(tmp_path)
 
 
 def test_another_fingerprint_computes_everything_anew(sources: dict[str, Path], tmp_path: Path) -> None:

@@ -211,3 +211,14 @@ def test_weights_of_a_hand_computed_token() -> None:
     router.norm_topk_prob = True
     torch.testing.assert_close(routing_weights(router, logits, chosen), torch.tensor([[0.25, 0.75]]))
     assert protocol().digest() != protocol("experts_and_weights").digest()
+
+
+def test_a_router_with_a_scaling_factor_is_replayed_with_it() -> None:
+    """DeepSeek's large models multiply the weights by a factor; a replay of own decisions changes nothing."""
+    model = make_model("deepseek_v2", routed_scaling_factor=2.5)
+    found = shift(lambda: model, lambda: model, WINDOWS, protocol())
+    assert len({round(m.value, 4) for m in found.measurements}) == 1
+    logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    experts = logits.topk(3).indices
+    expected = 2.5 * logits.softmax(-1).gather(1, experts)
+    torch.testing.assert_close(routing_weights(routers(model)[0], logits, experts), expected)

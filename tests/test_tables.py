@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import speed_records
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,6 +114,7 @@ def fill(layout: Layout, suite: str, name: str) -> None:
             {"tokens": 4.0, "repetition": 0.5},
             {"samples": [{"id": f"prompt-{i}", "model": "m", "prompt": p} | sample for i, p in enumerate(prompts, 1)]},
         ),
+        "speed": ({"tokens_per_second": 50.0}, speed_records.details("table")),
     }
     for path in table_records(name, suite, layout):
         model, method, _, file = path.relative_to(layout.root).parts[2:]

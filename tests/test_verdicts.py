@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,11 @@ import pytest
 import scipy.stats
 import yaml
 
-import mobie.results
 from mobie.config import load_protocol, load_suite
 from mobie.errors import ConfigError
 from mobie.paper.audit import audit
 from mobie.paths import PACKAGE, Layout
-from mobie.records import Measurement, Record, write_record
+from mobie.records import Measurement, Record, read_record, write_record
 from mobie.results import Results
 from mobie.tables.table2 import TASK_METRICS
 from mobie.tables.table8 import METRICS as HARD_METRICS
@@ -268,6 +268,8 @@ def put_all(layout: Layout, suite: str) -> None:
             put(layout, suite, model, method, kind, values, {})
         elif kind == "generations":
             put(layout, suite, model, method, kind, [Measurement("repetition", 0.1 + place / 100, 0.01, 5)], {})
+        elif kind == "speed":
+            put(layout, suite, model, method, kind, [Measurement("tokens_per_second", 20.0 + place, 0.5, 32)], {})
         else:
             raise AssertionError(f"no records of kind {kind} in this test")
 
@@ -355,7 +357,7 @@ def test_without_records_nothing_is_judged(repository: Layout, suite: str) -> No
     assert len(verdicts.claims) == 60
     assert {claim.verdict for claim in verdicts.claims} == {NOT_RUN, NOT_CHECKABLE}
     assert all(claim.reason and not claim.records for claim in verdicts.claims)
-    holes = {"MxMoE": "mxmoe-quality", "no kernels": "speed", "learns λ": "lambda-learned"}
+    holes = {"MxMoE": "mxmoe-quality", "speed of fp16": "speed", "learns λ": "lambda-learned"}
     for reason, claim in holes.items():
         assert reason in verdicts.claim(claim).reason
         assert verdicts.claim(claim).verdict == NOT_RUN
@@ -562,12 +564,35 @@ def test_quantization_time(repository: Layout) -> None:
     assert "read back" in judged(repository, "smoke").claim("time-arb").reason
 
 
-def test_speed_fills_in_by_itself(repository: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mobie.results, "KINDS", (*mobie.results.KINDS, "speed"))
+def test_speed_fills_in_by_itself(repository: Layout) -> None:
     for method, value in (("fp16", 22.0), ("mobie", 51.3)):
         values = [Measurement("tokens_per_second", value, 0.05, 5)]
         put(repository, "paper", "qwen1.5-moe-a2.7b", method, "speed", values, {})
     assert judged(repository, "paper").claim("speed").verdict == "reproduced"
+
+
+def test_a_timing_on_a_cpu_is_no_verdict(repository: Layout) -> None:
+    for method, value in (("fp16", 22.0), ("mobie", 51.3)):
+        values = [Measurement("tokens_per_second", value, 0.05, 5)]
+        details = {"no_verdict": {"tokens_per_second": "timed on a CPU"}}
+        put(repository, "smoke", "nano-olmoe", method, "speed", values, details)
+    claim = judged(repository, "smoke").claim("speed")
+    assert claim.verdict == NOT_RUN
+    assert claim.reason == "timed on a CPU (2 of 2 comparisons)"
+
+
+def test_a_published_record_stands_in_for_a_skipped_one(repository: Layout) -> None:
+    for method, value in (("fp16", 22.0), ("mobie", 51.3)):
+        put(repository, "paper", "qwen1.5-moe-a2.7b", method, "speed", [], {}, status="skipped", reason="no GPU")
+        assert judged(repository, "paper").claim("speed").verdict == NOT_RUN
+        own = repository.record("paper", "qwen1.5-moe-a2.7b", method, 0, "speed")
+        record = read_record(own)
+        values = (Measurement("tokens_per_second", value, 0.05, 5),)
+        published = repository.published("paper", "qwen1.5-moe-a2.7b", method, 0, "speed")
+        write_record(published, replace(record, status="ok", reason=None, measurements=values))
+    claim = judged(repository, "paper").claim("speed")
+    assert claim.verdict == "reproduced"
+    assert all(path.startswith("results/published/paper/") for path in claim.records)
 
 
 def test_a_failed_job_is_told_with_its_reason(repository: Layout) -> None:

@@ -56,12 +56,22 @@ def _qwen2_moe(**changes: Any) -> Any:
     return Qwen2MoeConfig(**(COMMON | own | {"num_experts": EXPERTS} | changes))
 
 
+def _deepseek_v2(**changes: Any) -> Any:
+    from transformers import DeepseekV2Config
+
+    own = {"intermediate_size": 40, "moe_intermediate_size": WIDTH, "n_routed_experts": EXPERTS, "n_shared_experts": 2}
+    latent = {"q_lora_rank": None, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
+    first_dense = {"first_k_dense_replace": 1, "num_key_value_heads": 4}
+    return DeepseekV2Config(**(COMMON | own | latent | first_dense | changes))
+
+
 #: model_type → configuration; every architecture of the registry is expected here
 CONFIGS: dict[str, Callable[..., Any]] = {
     "olmoe": _olmoe,
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
+    "deepseek_v2": _deepseek_v2,
 }
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mobie.figures.fig1 import accuracy
 from mobie.figures.figure import FigureData, facts, hole, point, record_hole
 from mobie.paths import PACKAGE
-from mobie.results import Cell, Model, Results
+from mobie.results import Cell, Model, Results, is_published
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,17 +46,46 @@ def collect(results: Results) -> FigureData:
         "the paper's formula, for 16, 8 and 4 bits of MoBiE's shared basis; weight files hold everything, embeddings "
         "and head too. Hollow diamonds: what the paper's text prints for Qwen1.5-MoE (activated parameters; 22.05 and "
         "51.38 tokens/s, 9.64 and 1.88 GB), a model and a graphics card that are not those measured here. Right: CPU "
-        f"seconds of quantizing, loss gradients included, against the average over seven zero-shot tasks. {INTERVAL}",
+        f"seconds of quantizing, loss gradients included, against the average over seven zero-shot tasks. "
+        f"{_how_timed(results, models[0])}{INTERVAL}",
         tuple(rows),
-        facts(results, models),
+        (*facts(results, models), *_timed_facts(results, models[0])),
     )
 
 
 def _throughput(results: Results, model: Model) -> Iterator[dict[str, Any]]:
     for method in BY_BITS:
-        bits = results.cell(model, method, "quantize", "bits_paper")
+        bits = _bits(results, model, method)
         cell = results.cell(model, method, SPEED, "tokens_per_second")
-        yield point(cell, x=bits.value, **_keys(results, model, method, THROUGHPUT, results.method(method).label))
+        label = results.method(method).label + (" (published record)" if is_published(cell) else "")
+        yield point(cell, x=bits.value, **_keys(results, model, method, THROUGHPUT, label))
+
+
+def _bits(results: Results, model: Model, method: str) -> Cell:
+    """Bits per quantized weight; where a model was only timed, those of the weights that were timed."""
+    bits = results.cell(model, method, "quantize", "bits_paper")
+    return results.cell(model, method, SPEED, "bits_paper") if bits.value is None else bits
+
+
+def _timed(results: Results, model: Model) -> Mapping[str, Any]:
+    """Details of the first record of a speed that is there; empty without one."""
+    records = [results.record(model, method, SPEED) for method in BY_BITS]
+    return next((record.details for record in records if record is not None and record.ok), {})
+
+
+def _timed_facts(results: Results, model: Model) -> tuple[str, ...]:
+    """For the footer: that a CPU was timed."""
+    return ("throughput of a CPU",) if "no_verdict" in _timed(results, model) else ()
+
+
+def _how_timed(results: Results, model: Model) -> str:
+    """What was timed and on what; empty without a record."""
+    details = _timed(results, model)
+    if "device" not in details:
+        return ""
+    weights = "random weights of the true shape" if details["weights"] == "random" else "the stored weights"
+    limit = "; CPU timings of a small model say nothing about the paper's speed" if "no_verdict" in details else ""
+    return f"Throughput is of {weights}, timed on {details['device']}{limit}. "
 
 
 def _memory(results: Results, model: Model) -> Iterator[dict[str, Any]]:
@@ -64,7 +93,7 @@ def _memory(results: Results, model: Model) -> Iterator[dict[str, Any]]:
     for series in (FILES, QUANTIZED, RUNNING):
         reference = _bytes(results, model, BY_BITS[0], series)
         for method in BY_BITS:
-            bits = results.cell(model, method, "quantize", "bits_paper")
+            bits = _bits(results, model, method)
             found = _bytes(results, model, method, series)
             keys = _keys(results, model, method, MEMORY, series) | {"x": bits.value, "bytes": found.value}
             gap = next((cell for cell in (found, reference) if cell.value is None), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mobie.config import build_method
+from mobie.hf.card import refresh_card
 from mobie.jobs.attempt import attempt
 from mobie.jobs.keys import Keys, model_folder, model_hash
 from mobie.jobs.stale import gradient_code, quantize_code
@@ -13,7 +14,9 @@ from mobie.records import Measurement, Record, write_record
 
 
 def quantize_job(keys: Keys, *, progress: bool) -> Record:
-    """Write `checkpoint/` and `quantize.json`; blocks that an earlier run of the same job finished are kept.
+    """Write `checkpoint/` with its model card, and `quantize.json`.
+
+    Blocks that an earlier run of the same job finished are kept.
 
     Raises:
         ConfigError, DataError, StorageError: wrong input, or a disk that cannot be written.
@@ -78,4 +81,5 @@ def quantize_job(keys: Keys, *, progress: bool) -> Record:
         provenance=collect(inputs, code, keys.layout.root),
     )
     write_record(keys.record("quantize"), record)
+    refresh_card(keys)
     return record

@@ -10,6 +10,7 @@ from typing import Any
 
 from mobie.config import read_yaml
 from mobie.errors import ConfigError, DataError, unknown_name
+from mobie.hf.card import refresh_cards
 from mobie.jobs.attempt import attempt
 from mobie.jobs.data import read_windows
 from mobie.jobs.keys import Keys, find_source
@@ -42,12 +43,12 @@ class Job:
 
 
 def score_job(keys: Keys, kind: str) -> Record:
-    """Write `<kind>.json` beside the quantize record, which must be there.
+    """Write `<kind>.json` beside the quantize record, which must be there, and renew the checkpoint's model card.
 
     Raises:
         ConfigError, DataError, StorageError: wrong input, or a disk that cannot be written.
     """
-    blocker = next((hole for method in _needed(keys, kind) if (hole := _hole(keys, method)) is not None), None)
+    blocker = next((hole for method in _needed(keys, kind) if (hole := hole_of(keys, method)) is not None), None)
     if blocker is not None:
         protocol = digest([part.digest() for part in _protocols(keys, kind)])
         record = _record(keys, kind, protocol, status="skipped", reason=blocker)
@@ -70,6 +71,7 @@ def score_job(keys: Keys, kind: str) -> Record:
             provenance=collect(job.inputs, score_code(kind), keys.layout.root),
         )
     write_record(keys.record(kind), record)
+    refresh_cards(keys)
     return record
 
 
@@ -90,7 +92,7 @@ def _needed(keys: Keys, kind: str) -> tuple[str, ...]:
     return (REFERENCE, keys.method) if kind in COMPARED else (keys.method,)
 
 
-def _hole(keys: Keys, method: str) -> str | None:
+def hole_of(keys: Keys, method: str) -> str | None:
     """Why there is no checkpoint of a method, or None where there is one."""
     record = read_record(keys.layout.record(keys.suite, keys.model, method, keys.seed, "quantize"))
     return None if record.ok else f"quantizing with {method}: {record.status}: {record.reason}"
@@ -101,7 +103,7 @@ def _protocols(keys: Keys, kind: str) -> Sequence[Any]:
     return part if isinstance(part, tuple) else (part,)
 
 
-def _checkpoint(keys: Keys, method: str) -> tuple[Path, str]:
+def checkpoint_of(keys: Keys, method: str) -> tuple[Path, str]:
     """Folder and manifest hash of a checkpoint; refused where it is not the one that was recorded."""
     from mobie.packing.checkpoint import MANIFEST
 
@@ -127,7 +129,7 @@ def _load(folder: Path, dtype: str) -> tuple[Any, Any]:
 
 
 def _perplexity(keys: Keys) -> Job:
-    folder, manifest = _checkpoint(keys, keys.method)
+    folder, manifest = checkpoint_of(keys, keys.method)
     protocols = _protocols(keys, "perplexity")
     inputs, windows = {"checkpoint": manifest}, []
     for part in protocols:
@@ -164,7 +166,7 @@ def uses_mirror(sources: Sequence[Source]) -> bool:
 
 
 def _tasks(keys: Keys) -> Job:
-    folder, manifest = _checkpoint(keys, keys.method)
+    folder, manifest = checkpoint_of(keys, keys.method)
     protocol = keys.protocol.tasks
     group, mirror, inputs = _benchmark_files(keys, protocol.group, benchmark_sources(keys))
 
@@ -211,7 +213,7 @@ def hard_sources(keys: Keys) -> tuple[Source, ...]:
 
 
 def _hard(keys: Keys) -> Job:
-    folder, manifest = _checkpoint(keys, keys.method)
+    folder, manifest = checkpoint_of(keys, keys.method)
     protocol = keys.protocol.hard
     group, mirror, inputs = _benchmark_files(keys, protocol.group, hard_sources(keys))
 
@@ -232,8 +234,8 @@ def _hard(keys: Keys) -> Job:
 
 
 def _routing(keys: Keys) -> Job:
-    reference, reference_manifest = _checkpoint(keys, REFERENCE)
-    folder, manifest = _checkpoint(keys, keys.method)
+    reference, reference_manifest = checkpoint_of(keys, REFERENCE)
+    folder, manifest = checkpoint_of(keys, keys.method)
     protocol = keys.protocol.routing
     windows, hashes = read_windows(keys, protocol, reference)
     read_windows(keys, protocol, folder)  # refused where the two have different tokenizers
@@ -253,8 +255,8 @@ def _routing(keys: Keys) -> Job:
 
 
 def _shift(keys: Keys) -> Job:
-    reference, reference_manifest = _checkpoint(keys, REFERENCE)
-    folder, manifest = _checkpoint(keys, keys.method)
+    reference, reference_manifest = checkpoint_of(keys, REFERENCE)
+    folder, manifest = checkpoint_of(keys, keys.method)
     protocol = keys.protocol.shift
     windows, hashes = read_windows(keys, protocol, reference)
     read_windows(keys, protocol, folder)  # refused where the two have different tokenizers
@@ -272,8 +274,8 @@ def _shift(keys: Keys) -> Job:
 
 
 def _cka(keys: Keys) -> Job:
-    reference, reference_manifest = _checkpoint(keys, REFERENCE)
-    folder, manifest = _checkpoint(keys, keys.method)
+    reference, reference_manifest = checkpoint_of(keys, REFERENCE)
+    folder, manifest = checkpoint_of(keys, keys.method)
     protocol = keys.protocol.cka
 
     def measure() -> Scores:
@@ -290,7 +292,7 @@ def _cka(keys: Keys) -> Job:
 def _generations(keys: Keys) -> Job:
     from mobie.scoring.generations import PROMPTS, read_prompts
 
-    folder, manifest = _checkpoint(keys, keys.method)
+    folder, manifest = checkpoint_of(keys, keys.method)
     protocol = keys.protocol.generations
     prompts = read_prompts()
 

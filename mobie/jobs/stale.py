@@ -23,6 +23,11 @@ SCORERS = {
     "cka": ("mobie.scoring.cka",),
     "generations": ("mobie.scoring.generations",),
 }
+#: code behind a timing; kernels are imported by name at run time, so they are listed
+TIMED = (
+    *("mobie.speed.measure", "mobie.speed.quality", "mobie.speed.block"),
+    *("mobie.kernels.twins", "mobie.kernels.triton_ops", "mobie.kernels.cpp_ops"),
+)
 
 
 @lru_cache(maxsize=1)
@@ -66,6 +71,12 @@ def gradient_code() -> str:
 def score_code(kind: str) -> str:
     """Digest of the code behind a kind of score."""
     return code_hash(["mobie.packing.checkpoint", *SCORERS[kind]])
+
+
+def speed_code() -> str:
+    """Digest of the code that times models: kernels, runner and what makes random weights."""
+    kernels = [path for path in sorted((PACKAGE / "kernels").rglob("*.cpp"))]
+    return digest([code_hash(TIMED), {path.name: file_hash(path) for path in kernels}])
 
 
 def calibrate_code() -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -99,6 +99,11 @@ class Method(ABC):
     name: ClassVar[str]
     #: whether the method looks at input statistics at all, or its error is worth measuring on them
     needs_statistics: ClassVar[bool] = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option with its value, as JSON values: what a checkpoint says about how it was made."""
+        return asdict(self) if is_dataclass(self) else {}
 
     @property
     def needs_gradients(self) -> bool:

@@ -22,6 +22,16 @@ SHARED_EXPERT = (
     ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     ("mlp.shared_expert.down_proj",),
 )
+SHARED_EXPERTS = (  # DeepSeek: several, stored as one of their joint width
+    ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    ("mlp.shared_experts.down_proj",),
+)
+LATENT_ATTENTION = (  # DeepSeek: keys and values (and, in the large model, queries) come from a latent of lower rank
+    ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    ("self_attn.q_b_proj",),
+    ("self_attn.kv_b_proj",),
+    ("self_attn.o_proj",),
+)
 DENSE_MLP = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 EXPERT_INPUTS = (("gate", "up"), ("down",))
 
@@ -47,6 +57,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("qwen3_moe", linear_groups=ATTENTION + DENSE_MLP),
         Architecture("mixtral"),
         Architecture("qwen2_moe", linear_groups=ATTENTION + SHARED_EXPERT + DENSE_MLP),
+        Architecture("deepseek_v2", linear_groups=LATENT_ATTENTION + SHARED_EXPERTS + DENSE_MLP),
     )
 }
 
@@ -56,6 +67,11 @@ def _submodule(block: nn.Module, name: str) -> nn.Module | None:
         return block.get_submodule(name)
     except AttributeError:
         return None
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module holds the experts of a layer; asked of the class, since packed experts unpack when read."""
+    return "gate_up_proj" in module._parameters or hasattr(type(module), "gate_up_proj")
 
 
 class Adapter:
@@ -87,7 +103,7 @@ class Adapter:
     def experts_module(self, block: nn.Module) -> nn.Module | None:
         """The fused experts of a block, or None in a dense block."""
         module = _submodule(block, self.architecture.experts)
-        return module if module is not None and hasattr(module, "gate_up_proj") else None
+        return module if module is not None and _is_fused(module) else None
 
     def router(self, block: nn.Module) -> nn.Module | None:
         """The router of a block, with `weight (experts, hidden)` and `top_k`, or None in a dense block."""

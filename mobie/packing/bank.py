@@ -1,11 +1,12 @@
 """A bank: one projection of all experts of a layer, packed expert by expert, with or without a shared basis.
 
 In a file, the tensors of all experts that have the same name are flattened and joined into one, so that a layer of
-hundreds of experts has a handful of tensors; the shapes stand in the header.
+hundreds of experts has a handful of tensors; the shapes stand in the header, once where all experts share them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -113,33 +114,34 @@ class PackedBank(Packed):
         return joined
 
     def header(self) -> dict[str, Any]:
+        shapes = [{name: list(t.shape) for name, t in e.tensors().items()} for e in self.experts]
+        names = sorted({name for own in shapes for name in own})
         return {
-            "experts": [
-                {"header": e.header(), "shapes": {n: list(t.shape) for n, t in e.tensors().items()}}
-                for e in self.experts
-            ],
+            "count": len(self.experts),
             "expert_format": self.experts[0].format,
+            "headers": _fold([e.header() for e in self.experts]),
+            "shapes": {name: _fold([own.get(name) for own in shapes]) for name in names},
             "basis": None if self.basis is None else {"format": self.basis.format, "header": self.basis.header()},
             "side": self.side,
         }
 
     @classmethod
     def from_tensors(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        expert_class = FORMATS[header["expert_format"]]
-        offsets = dict.fromkeys((name for entry in header["experts"] for name in entry["shapes"]), 0)
-        experts = []
-        for entry in header["experts"]:
-            own = {}
-            for name, shape in entry["shapes"].items():
-                size = torch.Size(shape).numel()
-                own[name] = tensors[f"experts.{name}"][offsets[name] : offsets[name] + size].view(shape)
-                offsets[name] += size
-            experts.append(expert_class.from_tensors(entry["header"], own))
+        expert_class, count = FORMATS[header["expert_format"]], header["count"]
+        own: list[dict[str, Tensor]] = [{} for _ in range(count)]
+        for name, folded in header["shapes"].items():
+            shapes = _unfold(folded, count)
+            sizes = [0 if shape is None else math.prod(shape) for shape in shapes]
+            for expert, part, shape in zip(own, tensors[f"experts.{name}"].split(sizes), shapes, strict=True):
+                if shape is not None:
+                    expert[name] = part.view(shape)
+        headers = _unfold(header["headers"], count)
+        experts = tuple(expert_class.from_tensors(h, e) for h, e in zip(headers, own, strict=True))
         basis = header["basis"]
         if basis is not None:
-            own = {n.removeprefix("basis."): t for n, t in tensors.items() if n.startswith("basis.")}
-            basis = FORMATS[basis["format"]].from_tensors(basis["header"], own)
-        return cls(tuple(experts), basis, header["side"])
+            named = {n.removeprefix("basis."): t for n, t in tensors.items() if n.startswith("basis.")}
+            basis = FORMATS[basis["format"]].from_tensors(basis["header"], named)
+        return cls(experts, basis, header["side"])
 
     def is_code(self, name: str) -> bool:
         part, _, rest = name.partition(".")
@@ -157,6 +159,16 @@ class PackedBank(Packed):
             return bits
         basis_weights = self.basis.shape[0] * self.basis.shape[1]
         return bits + self.basis.paper_bits() * basis_weights / (active_share * count * rows * cols)
+
+
+def _fold(values: list[Any]) -> dict[str, Any]:
+    """One value per expert as JSON: written once where all are equal."""
+    return {"all": values[0]} if all(value == values[0] for value in values) else {"each": values}
+
+
+def _unfold(folded: Mapping[str, Any], count: int) -> list[Any]:
+    """Inverse of `_fold`."""
+    return [folded["all"]] * count if "all" in folded else folded["each"]
 
 
 def split_gate_up(projections: Mapping[str, Tensor]) -> dict[str, Tensor]:

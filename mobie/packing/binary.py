@@ -97,18 +97,22 @@ class Segment:
             None if second_group is None else pack_mask(second_group),
         )
 
-    def dequantize(self, columns: Tensor, block_size: int) -> Tensor:
-        """Dense values `(out, n)` float32; `columns` `(n,)` are the segment's columns in the matrix."""
+    def dequantize(self, columns: Tensor, block_size: int, *, every: bool = False) -> Tensor:
+        """Dense values `(out, n)` float32.
+
+        columns `(n,)`: the segment's columns in the matrix; `every` says that they are all of them, in order.
+        """
         n = len(columns)
-        blocks = columns.long() // block_size
         second = None if self.bitmap is None else unpack_mask(self.bitmap, n)
-        out = self.signs.shape[1]
-        dense = torch.zeros(out, n) if self.mean is None else select_group(self.mean.float()[..., blocks], second)
+        dense = None
+        if self.mean is not None:
+            dense = select_group(_of_columns(self.mean.float(), columns, block_size, every), second)
         for k, bits in enumerate(self.signs):
-            scale = self.row_scale[k].float()[..., blocks]  # (groups, out, n)
+            scale = _of_columns(self.row_scale[k].float(), columns, block_size, every)  # (groups, out, n)
             if self.column_scale is not None:
-                scale = scale * self.column_scale[k].float()[:, None, :]
-            dense = dense + select_group(scale, second) * unpack_signs(bits, n)
+                scale.mul_(self.column_scale[k].float()[:, None, :])  # in place: new memory costs more than the product
+            value = select_group(scale, second).mul_(unpack_signs(bits, n))
+            dense = value if dense is None else dense.add_(value)
         return dense
 
     def tensors(self) -> dict[str, Tensor]:
@@ -188,19 +192,22 @@ class BinaryMatrix(Packed):
 
     def plain_columns(self) -> Tensor:
         """Columns `(n,)` int64 that the plain segment covers."""
-        covered = torch.ones(self.size[1], dtype=torch.bool)
-        if not self.extra_is_residual:
-            covered[self.salient.long()] = False
-        return covered.nonzero().flatten()
+        if self.extra_is_residual:
+            return torch.arange(self.size[1], device=self.salient.device)
+        replaced = torch.zeros(self.size[1], dtype=torch.uint8, device=self.salient.device)
+        replaced[self.salient.long()] = 1
+        # a stable sort, unlike `nonzero`, has a size known beforehand: no wait for a GPU, and it works without values
+        return replaced.argsort(stable=True)[: self.size[1] - len(self.salient)]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        dense = torch.zeros(self.size)
         columns = self.plain_columns()
-        dense[:, columns] = self.plain.dequantize(columns, self.block_size)
+        dense = self.plain.dequantize(columns, self.block_size, every=self.extra_is_residual)
+        if not self.extra_is_residual:
+            dense = dense.new_zeros(self.size).index_copy_(1, columns, dense)
         if self.extra is not None:
             dense[:, self.salient.long()] += self.extra.dequantize(self.salient, self.block_size)
         if self.column_factor is not None:
-            dense = dense * self.column_factor.float()
+            dense.mul_(self.column_factor.float())
         return dense.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -238,6 +245,13 @@ class BinaryMatrix(Packed):
     def paper_bits(self, active_share: float = 1.0) -> float:
         """`2r + (1 - r)`, r the share of salient columns: scales, means, bitmaps and indices are left out."""
         return 1 + len(self.salient) / self.size[1]
+
+
+def _of_columns(per_block: Tensor, columns: Tensor, block_size: int, every: bool) -> Tensor:
+    """One value per block `(..., blocks)` → that of each column's block `(..., n)`, in memory of its own."""
+    if every:  # many times as fast as looking up each column
+        return per_block.repeat_interleave(block_size, dim=-1)[..., : len(columns)].contiguous()
+    return per_block.index_select(-1, columns.long() // block_size)
 
 
 def _store(scales: Tensor) -> Tensor:

@@ -2,15 +2,24 @@
 
 block-000.safetensors …   packed tensors of one decoder block; how to read them stands in the metadata
 kept.safetensors          everything that stays in 16 bits: embeddings, norms, head, router
-config.json, tokenizer    as the library wrote them
 manifest.json             format version, fingerprint of the job, files with their sha256
+config.json, tokenizer …  what makes it a folder that the library loads (`packing.folder`)
+
+Tensors are named as in the state dict of the model whose modules hold packed weights (`mobie.hf.modules`):
+
+    model.layers.0. self_attn.q_proj. plain__signs          a Linear, or a quantized router
+    model.layers.0. mlp.experts. gate__ experts__plain__signs     experts, by projection
+
+Beside them, every parameter that packed weights replace is there under its own name, without elements: a program that
+does not know the format, and would fill what it misses with random values, meets a shape that does not fit.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +32,31 @@ from torch import Tensor, nn
 from mobie.errors import DataError, unknown_name
 from mobie.packing import bank, binary, dense, grid  # noqa: F401 (registers the formats)
 from mobie.packing.base import FORMATS, Packed
+from mobie.packing.dense import Dense16
 from mobie.storage import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1
+#: 1: names of its own, no index; 2: names of the swapped model's state dict, a folder that the library loads
+FORMAT_VERSION = 2
 KEPT = "kept.safetensors"
 MANIFEST = "manifest.json"
 METADATA = "mobie"  # name of the one metadata entry of a safetensors file
+QUANTIZE_AGAIN = "quantize again with this version"
+#: parameters of the library's experts modules
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +71,47 @@ class PackedBlock:
         return {f"linears.{n}": p for n, p in self.linears.items()} | {
             f"experts.{n}": p for n, p in self.experts.items()
         }
+
+
+def tensor_name(part: str, tensor: str) -> str:
+    """Name of a packed weight's tensor as a module's buffer: a buffer's name has no dots."""
+    return (f"{part}.{tensor}" if part else tensor).replace(".", "__")
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """Where a block stands in the model.
+
+    prefix:  of its parameters in the state dict, `model.layers.0.`.
+    experts: name of its experts module, `mlp.experts`.
+    """
+
+    prefix: str
+    experts: str
+
+    @classmethod
+    def of(cls, adapter: Any, index: int) -> BlockNames:
+        """Names of block `index` of an architecture."""
+        return cls(adapter.block_prefix(index), adapter.architecture.experts)
+
+    def tensors(self, part: str) -> str:
+        """What the names of a part's tensors begin with; parts are named as by `PackedBlock.parts`."""
+        kind, _, rest = part.partition(".")
+        return f"{self.prefix}{rest}." if kind == "linears" else f"{self.prefix}{self.experts}.{rest}__"
+
+    def replaced(self, formats: Mapping[str, str]) -> set[str]:
+        """Parameters of the library's model that parts in these formats stand for, and that are therefore not stored.
+
+        A Linear in 16 bits is stored as the parameter that it is.
+        """
+        names = {
+            f"{self.tensors(part)}weight"
+            for part, form in formats.items()
+            if part.startswith("linears.") and form != Dense16.format
+        }
+        if any(part.startswith("experts.") for part in formats):
+            names |= {f"{self.prefix}{self.experts}.{parameter}" for parameter in EXPERT_PARAMETERS}
+        return names
 
 
 def block_path(folder: Path, index: int) -> Path:
@@ -69,8 +135,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             raise OSError(str(error)) from error
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, *, values: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a file that `save_tensors` wrote.
+
+    values: False reads the file's header only and gives tensors on the device `meta`.
 
     Raises:
         DataError: the file is missing, truncated or not such a file.
@@ -78,7 +146,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA])
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+            read = file.get_tensor if values else lambda name: _without_values(file.get_slice(name))
+            return {name: read(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(
             f"{path}: not a readable safetensors file of this project ({error}); expected a complete file; delete it "
@@ -86,44 +155,76 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
+def _without_values(stored: Any) -> Tensor:
+    return torch.empty(stored.get_shape(), dtype=DTYPES[stored.get_dtype()], device="meta")
+
+
+def read_fingerprint(path: Path) -> str:
+    """Fingerprint of the job that wrote a file. Raises `DataError` like `read_tensors`."""
+    return str(read_tensors(path, values=False)[1].get("fingerprint"))
+
+
 @dataclass(frozen=True)
 class Shard:
-    """One block as read from disk: packed weights, fingerprint of the job that wrote it, what that job noted."""
+    """One block as read from disk: packed weights, fingerprint of the job that wrote it, what that job noted.
+
+    replaced: parameters of the library's model that are in the file by name, without elements.
+    """
 
     block: PackedBlock
     fingerprint: str
     details: dict[str, Any]
+    replaced: frozenset[str] = frozenset()
 
 
-def save_block(path: Path, block: PackedBlock, fingerprint: str, details: Mapping[str, Any]) -> None:
+def save_block(path: Path, block: PackedBlock, fingerprint: str, details: Mapping[str, Any], names: BlockNames) -> None:
     """Write one block's shard; `details` are JSON values about how it came about, free of timings."""
     parts = block.parts()
     headers = {name: {"format": part.format, "header": part.header()} for name, part in parts.items()}
-    tensors = {f"{name}:{key}": tensor for name, part in parts.items() for key, tensor in part.tensors().items()}
-    save_tensors(path, tensors, {"details": details, "fingerprint": fingerprint, "headers": headers})
+    tensors = {
+        names.tensors(name) + tensor_name("", key): tensor
+        for name, part in parts.items()
+        for key, tensor in part.tensors().items()
+    }
+    replaced = names.replaced({name: part.format for name, part in parts.items()})
+    tensors |= {name: torch.empty(0, dtype=torch.uint8) for name in sorted(replaced)}
+    where = {"block": names.prefix, "experts": names.experts}
+    save_tensors(path, tensors, {"details": details, "fingerprint": fingerprint, "headers": headers, "names": where})
 
 
-def load_block(path: Path) -> Shard:
-    """Read one block's shard.
+def load_block(path: Path, *, values: bool = True) -> Shard:
+    """Read one block's shard; without `values` its tensors are on the device `meta`.
 
     Raises:
         DataError: the file is missing or damaged, or holds a format that this version does not know.
     """
-    tensors, metadata = read_tensors(path)
-    by_part: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        part, _, key = name.partition(":")
-        by_part.setdefault(part, {})[key] = tensor
+    tensors, metadata = read_tensors(path, values=values)
+    if "names" not in metadata:
+        raise DataError(f"{path}: a shard of format version 1, expected {FORMAT_VERSION}; {QUANTIZE_AGAIN}")
+    names = BlockNames(metadata["names"]["block"], metadata["names"]["experts"])
+    replaced = names.replaced({name: entry["format"] for name, entry in metadata["headers"].items()})
     linears, experts = {}, {}
     for name, entry in metadata["headers"].items():
         if entry["format"] not in FORMATS:
             raise DataError(
                 f"{path}: {unknown_name('format', entry['format'], FORMATS)}; install a newer version of mobie"
             )
-        packed = FORMATS[entry["format"]].from_tensors(entry["header"], by_part[name])
+        prefix = names.tensors(name)
+        own = {
+            key.removeprefix(prefix).replace("__", "."): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(prefix) and key not in replaced
+        }
+        try:
+            packed = FORMATS[entry["format"]].from_tensors(entry["header"], own)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise DataError(
+                f"{path}: the tensors of {prefix} are not those of its header ({error!r}); expected a file as it was "
+                "written; delete it and run the same command again, it is made anew"
+            ) from error
         kind, _, rest = name.partition(".")
         (linears if kind == "linears" else experts)[rest] = packed
-    return Shard(PackedBlock(linears, experts), metadata["fingerprint"], metadata["details"])
+    return Shard(PackedBlock(linears, experts), metadata["fingerprint"], metadata["details"], frozenset(replaced))
 
 
 @torch.no_grad()
@@ -141,9 +242,21 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_manifest(folder: Path, fingerprint: str, model_type: str, blocks: int, router_quantized: bool) -> None:
-    """Write `manifest.json` last: a folder that has one is complete."""
-    files = sorted([*folder.glob("block-*.safetensors"), folder / KEPT])
+def weight_files(folder: Path, blocks: int) -> list[Path]:
+    """The safetensors files of a checkpoint of so many decoder blocks."""
+    return [*(block_path(folder, index) for index in range(blocks)), folder / KEPT]
+
+
+def save_manifest(
+    folder: Path,
+    fingerprint: str,
+    model_type: str,
+    blocks: int,
+    router_quantized: bool,
+    side_files: Iterable[Path] = (),
+) -> None:
+    """Write `manifest.json` last: a folder that has one is complete. `side_files` decide what the model does, too."""
+    files = sorted([*weight_files(folder, blocks), *side_files])
     manifest = {
         "blocks": blocks,
         "files": {file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in files},
@@ -156,29 +269,47 @@ def save_manifest(folder: Path, fingerprint: str, model_type: str, blocks: int, 
         temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check `manifest.json`: version, and that every file is there with its size and sha256."""
+def check_version(version: Any, where: str) -> None:
+    """Raise DataError for a format version other than this one; `where` names the file."""
+    if type(version) is not int or version < FORMAT_VERSION:
+        raise DataError(
+            f"{where}: format version {version}, which this version no longer reads (expected {FORMAT_VERSION}); "
+            f"{QUANTIZE_AGAIN}"
+        )
+    if version > FORMAT_VERSION:
+        raise DataError(
+            f"{where}: format version {version}, this version reads up to {FORMAT_VERSION}; "
+            "install a newer version of mobie"
+        )
+
+
+def read_manifest(folder: Path, *, files: bool = True) -> dict[str, Any]:
+    """Read and check `manifest.json`: version, and (unless `files` is False) the sha256 of every file it lists."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        version, files = manifest["format_version"], manifest["files"]
+        version, listed = manifest["format_version"], dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: not a readable manifest ({error}); expected a finished checkpoint; run the quantize rule again"
+            f"{path}: not a readable manifest ({error}); expected a finished checkpoint; run the quantize rule again, "
+            "or fetch the whole folder again"
         ) from error
-    if version > FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format version {version}, this version reads up to {FORMAT_VERSION}; "
-            "install a newer version of mobie"
-        )
-    for name, expected in files.items():
-        file = folder / name
-        got = file_digest(file) if file.exists() else "no file"
-        if got != expected["sha256"]:
-            raise DataError(
-                f"{file}: sha256 {got}, expected {expected['sha256']}; delete the file and run the quantize rule again"
-            )
+    check_version(version, str(path))
+    if files:
+        _check_files(folder, {name: entry["sha256"] for name, entry in listed.items()})
     return manifest
+
+
+def _check_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """Raise DataError for a file whose sha256 is another; hashing takes the interpreter's lock for moments only."""
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: file_digest(folder / name) if (folder / name).exists() else "no file", digests)
+        for (name, expected), got in zip(digests.items(), found, strict=True):
+            if got != expected:
+                raise DataError(
+                    f"{folder / name}: sha256 {got}, expected {expected}; delete the file and run the quantize rule "
+                    "again, or fetch it again"
+                )
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -198,10 +329,11 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTra
         raise DataError(
             f"{folder}: not a readable config.json ({error}); expected the model's own; run the quantize rule again"
         ) from error
+    del config.quantization_config  # what is built here is an ordinary model
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     adapter = Adapter(manifest["model_type"])
     kept, _ = read_tensors(folder / KEPT)
-    filled = set(kept)
+    filled = set(kept) | set(model.all_tied_weights_keys)
     for index, module in enumerate(adapter.blocks(model)):
         write_block(adapter, module, load_block(block_path(folder, index)).block)
         names = adapter.quantized_parameters(module, router=manifest["router_quantized"])

@@ -141,9 +141,12 @@ def routers(model: Any) -> list[nn.Module]:
 def routing_weights(router: nn.Module, logits: Tensor, experts: Tensor) -> Tensor:
     """Weights that a router gives to `experts (tokens, top_k)` by its `logits (tokens, experts)`: float32.
 
-    The softmax goes over all experts. A router without `norm_topk_prob` (Mixtral's) always normalises.
+    The softmax goes over all experts. A router without `norm_topk_prob` (Mixtral's) always normalises, one with a
+    `routed_scaling_factor` (DeepSeek's) multiplies by it instead.
     """
     weights = logits.float().softmax(dim=-1).gather(-1, experts)
+    if hasattr(router, "routed_scaling_factor"):
+        return weights * router.routed_scaling_factor
     return weights / weights.sum(dim=-1, keepdim=True) if getattr(router, "norm_topk_prob", True) else weights
 
 

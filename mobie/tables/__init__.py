@@ -26,6 +26,7 @@ TABLES = (
     "table10",
     "table11",
     "sensitivity",
+    "speed",
 )
 
 

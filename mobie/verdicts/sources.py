@@ -342,6 +342,9 @@ class Reader:
         cell = self._cell(model, method, kind, name)
         if cell.value is None:
             return as_hole(cell)
+        reason = self._record(model, method, kind).details.get("no_verdict", {}).get(name)
+        if reason is not None:
+            return Hole("unsupported", reason)
         if cell.stderr is None:
             return Hole("missing", f"{measure} has no standard error")
         draws = cell.value + cell.stderr * self.sampler.noise(f"{cell.record} {name}")

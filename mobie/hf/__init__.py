@@ -1,0 +1,1 @@
+"""Packed checkpoints in the library's own model classes: modules, quantizer, model card."""
