@@ -116,7 +116,7 @@ def _front_matter(keys: Keys, model: ModelConfig, method: MethodConfig) -> str:
     values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "inference": False}
     if model.source == "hub":
         values |= {"base_model": model.repo, "base_model_relation": "quantized"}
-    values["tags"] = ["mobie", "mixture-of-experts", "quantized", method.method]
+    values["tags"] = list(dict.fromkeys(("mobie", "mixture-of-experts", "quantized", method.method)))
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
 
 

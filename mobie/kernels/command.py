@@ -54,14 +54,27 @@ def kernels_command(targets: tuple[int, ...], only: str, check: bool, write: boo
 
 
 @click.command(name="tune", short_help="Measure the kernels' tile sizes on this machine's GPU and keep the best.")
+@click.option(
+    "--kernel", "kernels", multiple=True, help="Only this kernel; may be given several times.  [default: all]"
+)
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="[default: mobie/kernels/tuning]")
-def tune_command(folder: Path | None) -> None:
-    """Time all tile sizes of the grouped binary kernel and write the GPU's file; a few minutes, most of it compiling.
+def tune_command(kernels: tuple[str, ...], folder: Path | None) -> None:
+    """Time the tile sizes of the Triton kernels at the shapes of the four models and write the GPU's file.
+
+    Needs an NVIDIA GPU with 16 GB and nothing else on it; most of the time goes into compiling. The weights are random
+    bits, no model is downloaded. All kernels are searched in the same way, the binary ones and the 16-bit experts that
+    they are compared with. The sizes are used from then on, on every GPU of that name; a GPU without a file uses
+    default.yaml. Sizes change the speed and the order of sums, so check the kernels afterwards with the second command.
 
     \b
     python -m mobie tune
+    python -m pytest -m gpu tests
+    python -m mobie tune --kernel binary_grouped --kernel dense_grouped
+
+    Kernels: binary_grouped, dense_grouped, panel, binary_linear, route. With --kernel the file keeps what it has of the
+    others.
     """
     from mobie.kernels import tuning
     from mobie.kernels.tune import tune
 
-    click.echo(tune(folder or tuning.FOLDER, say=click.echo))
+    click.echo(tune(folder or tuning.FOLDER, kernels, say=click.echo))

@@ -20,7 +20,7 @@ from mobie.kernels.triton_ops.binary_grouped_kernel import (
     binary_grouped_kernel,
 )
 from mobie.kernels.triton_ops.common import check_activation, check_activations, check_tensor, on_device
-from mobie.kernels.tuning import Choice, binary_grouped_choice, shape_class, table_for
+from mobie.kernels.tuning import Sizes, default_table, grouped_sizes, shape_class
 
 if TYPE_CHECKING:
     from mobie.kernels.budget import Variant
@@ -58,22 +58,21 @@ def binary_grouped(
     _check_bank(bank, x)
     _check_groups(groups, x, pairs, pairs_per_row)
     tiles, tile = groups.tile_pairs.shape
-    choice = binary_grouped_choice(
-        x.device, activations=activations, rows=bank.rows, parts=bank.parts, tiles=tiles, tile=tile
-    )
+    shape = shape_class(activations, tile)
+    sizes = grouped_sizes(OPERATION, shape, x.device, rows=bank.rows, copies=bank.parts * tiles)
     out = x.new_empty(pairs, bank.parts, bank.rows)
     if out.numel():
-        launch(bank, x, groups, out, pairs_per_row, activations == "int8", choice)
+        _launch(bank, x, groups, out, pairs_per_row, activations == "int8", sizes)
     return out
 
 
-def launch(
-    bank: BinaryBank, x: Tensor, groups: Groups, out: Tensor, pairs_per_row: int, int8: bool, choice: Choice
+def _launch(
+    bank: BinaryBank, x: Tensor, groups: Groups, out: Tensor, pairs_per_row: int, int8: bool, sizes: Sizes
 ) -> None:
-    """Write `out (pairs, parts, rows)` with given tile sizes; nothing is checked."""
+    """Write `out (pairs, parts, rows)`; nothing is checked."""
     tiles, tile = groups.tile_pairs.shape
     with on_device(x):
-        binary_grouped_kernel[(triton.cdiv(bank.rows, choice.rows), bank.parts, tiles)](
+        binary_grouped_kernel[(triton.cdiv(bank.rows, sizes.rows), bank.parts, tiles)](
             bank.signs.view(torch.int32),
             bank.row_scale,
             bank.column_scale,
@@ -98,10 +97,10 @@ def launch(
             INT8=int8,
             WHOLE=bank.columns % GROUP.value == 0,
             EXTRA=bank.extra > 0,
-            ROWS=choice.rows,
+            ROWS=sizes.rows,
             TILE=tile,
-            num_warps=choice.warps,
-            num_stages=choice.stages,
+            num_warps=sizes.warps,
+            num_stages=sizes.stages,
         )
 
 
@@ -174,7 +173,7 @@ def variants() -> list[Variant]:
     ]
     found = []
     for activations, tile, dtype, extra in cases:
-        sizes = table_for("").sizes[OPERATION, shape_class(activations, tile)]
+        sizes = default_table().sizes[OPERATION, shape_class(activations, tile)]
         found.append(
             Variant(
                 name=f"{OPERATION} {activations} {dtype} tile {tile}{' extra' if extra else ''}",

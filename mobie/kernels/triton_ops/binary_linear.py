@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 from mobie.kernels.layout import BinaryTensors
 from mobie.kernels.triton_ops.binary_runs import WORD, BinaryRuns, Runs, runs_of
 from mobie.kernels.triton_ops.common import check_activation, check_tensor, multiply, on_device
-from mobie.kernels.triton_ops.tiles import DECODE_TOKENS, tile_for
+from mobie.kernels.tuning import DECODE_TOKENS, default_table, fit_tokens, sizes_for
 
 if TYPE_CHECKING:
     from mobie.kernels.budget import Variant
@@ -267,7 +267,7 @@ def binary_linear(matrix: BinaryTensors, x: Tensor, bias: Tensor | None = None) 
     first, second = (*runs.segments, None)[:2]
     scaled = _scale(runs, x)
     out = x.new_empty(len(x), matrix.rows)
-    tile = tile_for("binary_linear", len(x))
+    tile = fit_tokens(sizes_for("binary_linear", "16bit-few", x.device), len(x))
     with on_device(x):
         _binary_few[(triton.cdiv(len(x), tile.tokens), triton.cdiv(matrix.rows, tile.rows))](
             scaled,
@@ -348,7 +348,7 @@ def variants() -> list[Variant]:
     """MoBiE's attention (two groups, salient columns in two orders) in decoding, for the budget of compiled code."""
     from mobie.kernels.budget import Variant
 
-    tile = tile_for("binary_linear", 8)
+    tile = fit_tokens(default_table().sizes["binary_linear", "16bit-few"], 8)
     types = {"signs": "*i32", "bitmap": "*i32", "block": "*i32", "row_scale": "*fp16", "runs": "i32"}
     signature = {"scaled": "*bf16", "out": "*bf16"} | dict.fromkeys(SIZES, "i32")
     signature |= {f"{name}{number}": kind for number in "01" for name, kind in types.items()}

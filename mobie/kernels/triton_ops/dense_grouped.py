@@ -15,13 +15,10 @@ from torch import Tensor
 
 from mobie.kernels.layout import Groups
 from mobie.kernels.triton_ops.common import check_activation, check_tensor, multiply, on_device
-from mobie.kernels.triton_ops.tiles import DECODE_TOKENS, LEAST_TOKENS, tile_for
+from mobie.kernels.tuning import LEAST_TOKENS, default_table, grouped_sizes, shape_class
 
 if TYPE_CHECKING:
     from mobie.kernels.budget import Variant
-
-#: pairs per tile up to which the weight's bytes are the limit
-LARGEST_DECODE_TILE = 16
 
 
 @triton.jit
@@ -81,7 +78,7 @@ def dense_grouped(weight: Tensor, x: Tensor, groups: Groups, *, pairs: int, pair
     out = torch.empty(pairs, rows, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    size = tile_for("dense_grouped", DECODE_TOKENS + 1 if tokens > LARGEST_DECODE_TILE else 1)
+    size = grouped_sizes("dense_grouped", shape_class("16bit", tokens), x.device, rows=rows, copies=tiles)
     with on_device(x):
         _dense_grouped[(triton.cdiv(rows, size.rows) * tiles,)](
             weight,
@@ -121,13 +118,14 @@ def variants() -> list[Variant]:
 
     pointers = {"weight": "*bf16", "x": "*bf16", "tile_expert": "*i32", "tile_pairs": "*i32", "out": "*bf16"}
     sizes = {"rows": "i32", "columns": "i32", "pairs_per_row": "i32"}
-    size = tile_for("dense_grouped", 1)
+    tile = 16
+    size = default_table().sizes["dense_grouped", shape_class("16bit", tile)]
     return [
         Variant(
             name="dense_grouped-16",
             kernel=_dense_grouped,
             signature=pointers | sizes,
-            constants={"ROWS": size.rows, "TOKENS": LARGEST_DECODE_TILE, "BLOCK_K": size.block_k},
+            constants={"ROWS": size.rows, "TOKENS": tile, "BLOCK_K": size.block_k},
             warps=size.warps,
             stages=size.stages,
             weights_per_iteration=size.rows * size.block_k,

@@ -34,7 +34,7 @@ from mobie.kernels.triton_ops.common import (
 )
 from mobie.kernels.triton_ops.quantize_activations import quantize_activations
 from mobie.kernels.triton_ops.swiglu import check_count, sum_consecutive
-from mobie.kernels.triton_ops.tiles import DECODE_TOKENS, Tile, tile_for
+from mobie.kernels.tuning import DECODE_TOKENS, default_table, few_or_many, fit_tokens, sizes_for
 
 if TYPE_CHECKING:
     from mobie.kernels.budget import Variant
@@ -305,7 +305,7 @@ def panel(
         (x, x_scale), reduce = quantize_activations(x, reduce), 1
     elif reduce > 1 and (not few or len(x) > SUM_IN_PRODUCT):
         x, reduce = sum_consecutive(x.reshape(len(x), -1), reduce, x.dtype).view(count, parts, columns), 1
-    tile = _tile(panel, count, int8)
+    tile = fit_tokens(sizes_for("panel", _shape_class(panel, count, int8), x.device), count)
     slots = power_of_two(reduce)
     tokens = max(1, tile.tokens // slots) if few else tile.tokens
     arguments = (panel.codes, x, x_scale, panel.scale, bias, pair_weights, residual, out, count, rows, columns)
@@ -335,11 +335,11 @@ def panel(
     return out
 
 
-def _tile(panel: Panel, count: int, int8: bool) -> Tile:
-    """Sizes for `count` tokens."""
+def _shape_class(panel: Panel, count: int, int8: bool) -> str:
+    """Shape class for `count` tokens."""
     if panel.codes.shape[1] >= TALL and count <= DECODE_TOKENS:
-        return tile_for("panel-tall" if panel.codes.dtype == torch.int8 else "panel-tall-16bit", count)
-    return tile_for("panel-int8" if int8 else "panel", count)
+        return "tall-int8" if panel.codes.dtype == torch.int8 else "tall-16bit"
+    return f"{'int8' if int8 else '16bit'}-{few_or_many(count)}"
 
 
 def _check(panel: Panel, x: Tensor, reduce: int, epilogue: str, activations: str) -> Tensor:
@@ -371,7 +371,7 @@ def variants() -> list[Variant]:
     flags = {"INT8": False, "SWIGLU": True, "SCALED": True, "BIASED": False, "WEIGHTED": True, "ADD": False, "PARTS": 2}
     found = []
     for kernel, tokens in ((_panel_few, 8), (_panel_many, DECODE_TOKENS + 1)):
-        tile = tile_for("panel", tokens)
+        tile = fit_tokens(default_table().sizes["panel", f"16bit-{few_or_many(tokens)}"], tokens)
         few = {"REDUCE": 1, "SLOTS": 1, "SLICES": max(1, tile.slices // 2)} if kernel is _panel_few else {}
         tiling = {"ROWS": tile.rows, "TOKENS": tile.tokens, "BLOCK_K": tile.block_k}
         found.append(

@@ -19,7 +19,7 @@ from mobie.kernels.triton_ops.common import (
     on_device,
     power_of_two,
 )
-from mobie.kernels.triton_ops.tiles import tile_for
+from mobie.kernels.tuning import few_or_many, fit_tokens, sizes_for
 
 
 @triton.jit
@@ -123,7 +123,8 @@ def route(
     if not tokens:
         return logits, weights, index
     wide = weight.dtype != hidden.dtype
-    tile = tile_for("route-float32" if wide else "route", tokens)
+    shape = f"{'float32' if wide else '16bit'}-{few_or_many(tokens)}"
+    tile = fit_tokens(sizes_for("route", shape, hidden.device), tokens)
     block = power_of_two(experts)
     with on_device(hidden):
         _logits[(triton.cdiv(experts, tile.rows), triton.cdiv(tokens, tile.tokens))](
