@@ -132,13 +132,39 @@ def _sensitivity(layout: Layout) -> str:
     return "\n".join(line for line in lines if line.startswith("|")) + "\n"
 
 
+def _kernels(layout: Layout) -> str:
+    """Instructions per weight of the compiled kernels' main loops, from the checked-in budget."""
+    with (PACKAGE / "kernels" / "budget.csv").open(newline="", encoding="utf-8") as file:
+        found: dict[str, dict[str, dict[str, str]]] = {}
+        for row in csv.DictReader(file):
+            found.setdefault(row["variant"], {})[row["capability"]] = row
+    targets = sorted({target for of_variant in found.values() for target in of_variant})
+    rows = []
+    for variant, by_target in found.items():
+        cells = [f"{float(by_target[target]['per_weight']):.2f}" for target in targets]
+        registers = max(int(row["registers"]) for row in by_target.values())
+        spills = sum(int(row["spills"]) for row in by_target.values())
+        rows.append([f"`{variant}`", *cells, str(registers), str(spills)])
+    return markdown_table(["instructions per weight", *(f"sm_{t}" for t in targets), "registers", "spills"], rows)
+
+
+def _speed(layout: Layout) -> str:
+    """The table of timings, under the README's own headings."""
+    text = layout.table("speed", "md").read_text(encoding="utf-8")
+    return (
+        "<details><summary>The table</summary>\n\n" + re.sub(r"^#", "####", text, flags=re.MULTILINE) + "\n</details>\n"
+    )
+
+
 PARTS: dict[str, Callable[[Layout], str]] = {
     "audit": _audit,
     "claims": _claims,
+    "kernels": _kernels,
     "nano": _nano,
     "pareto": _pareto,
     "quantize-cpu": _quantize_cpu,
     "sensitivity": _sensitivity,
+    "speed": _speed,
     "table2": _table2,
     "times": _times,
 }
