@@ -15,6 +15,8 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
+__version__ = "0.2.0"  # the only place; pyproject.toml takes it from here
+
 _REGISTRY = "transformers.quantizers.auto"
 
 

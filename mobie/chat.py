@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from mobie.errors import DataError
+from mobie.models import OWN_FILES
 from mobie.packing.checkpoint import MANIFEST, read_manifest
 
 END = ("/exit", "/quit")
@@ -91,8 +92,10 @@ def load(folder: Path, dtype: str | None = None) -> tuple[PreTrainedModel, PreTr
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = dtype or ("auto" if device == "cuda" else "float32")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, device_map=device, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_FILES)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=chosen, device_map=device, use_safetensors=True, **OWN_FILES
+        )
     except (OSError, ValueError) as error:
         raise DataError(
             f"{folder}: cannot be loaded ({error}); expected a complete checkpoint; run the quantize rule again, or "

@@ -12,13 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
 
 from mobie.errors import ConfigError, unknown_name
+from mobie.parsing import parse_yaml
 from mobie.paths import Layout, find_root
 from mobie.provenance import digest
 from mobie.scoring.cka import CkaProtocol
+from mobie.scoring.code.protocol import CodeProtocol
 from mobie.scoring.generations import GenerationsProtocol
 from mobie.scoring.hard import HardProtocol
 from mobie.scoring.perplexity import PerplexityProtocol
@@ -50,7 +51,7 @@ class Calibration(Strict):
 
 
 class CalibrationOverride(Strict):
-    """What a method config changes of the model's calibration; null keeps it."""
+    """What a suite or a method config changes of the model's calibration; null keeps it."""
 
     text: str | None = Field(default=None, description="name of a text (mobie.data.texts)")
     sequences: PositiveInt | None = Field(default=None, description="number of token sequences")
@@ -79,6 +80,7 @@ class ModelConfig(Strict):
     bytes: PositiveInt = Field(description="size of the weight files")
     resources: Resources
     calibration: Calibration
+    chat: bool = Field(default=False, description="tuned to follow instructions: asked through its chat template")
     notes: str = Field(default="", description="what a reader of a table must know about this model")
 
 
@@ -130,6 +132,7 @@ class ProtocolConfig(Strict):
     cka: CkaProtocol
     generations: GenerationsProtocol
     hard: HardProtocol
+    code: CodeProtocol
     speed: SpeedProtocol
 
     @property
@@ -167,6 +170,9 @@ class SuiteConfig(Strict):
     )
     wikitext2_text: str = Field(description="text whose perplexity fills Table 2's last column; one of the protocol's")
     models: tuple[str, ...] = Field(min_length=1, strict=False, description="files in workflow/config/models")
+    calibration: CalibrationOverride = Field(
+        default_factory=CalibrationOverride, description="changes of every model's calibration"
+    )
     rows: tuple[Row, ...] = Field(min_length=1, strict=False, description="rows of Table 2 for every model, in order")
 
     targets: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(
@@ -181,6 +187,10 @@ class SuiteConfig(Strict):
     def models_of(self, target: str) -> tuple[str, ...]:
         """Models of a table or figure: configs, or names of absent models."""
         return self.targets.get(target, self.models)
+
+    def applied_to(self, model: ModelConfig) -> ModelConfig:
+        """A model with the suite's changes."""
+        return model.model_copy(update={"calibration": self.calibration.apply(model.calibration)})
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -205,11 +215,11 @@ def config_names(folder: str, layout: Layout | None = None) -> list[str]:
 def read_yaml(path: Path) -> Any:
     """Parse a YAML file. Raises `ConfigError` with the line of a mistake."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
 
 
 def parse(kind: type[Config], value: Any, where: str) -> Config:
@@ -238,9 +248,10 @@ def _explain(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
 def _known_keys(kind: type[BaseModel], path: Iterable[str | int]) -> list[str]:
     """Keys of the model that lies at `path` inside `kind`."""
     for step in path:
-        if isinstance(step, int):
-            continue
-        nested = TypeAdapter(kind.model_fields[step].annotation).core_schema
+        if isinstance(step, int) or step not in kind.model_fields:
+            continue  # a place in a list or a mapping
+        annotation: Any = kind.model_fields[step].annotation
+        nested = TypeAdapter(annotation).core_schema
         found = _first_model(nested)
         if found is None:
             return []
@@ -290,7 +301,7 @@ def _value(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
 
 
 def load_method(name: str, layout: Layout | None = None) -> MethodConfig:
@@ -302,6 +313,8 @@ def load_method(name: str, layout: Layout | None = None) -> MethodConfig:
     Raises:
         ConfigError: no such file, a wrong key in it, or a variant that is not of this form.
     """
+    if not name.isprintable() or {"/", "\\"} & set(name):
+        raise ConfigError(f"method {name!r}: got a name that cannot be a folder's, expected one without slashes")
     base, *changes = name.split(SPEC_MARK)
     config = _load(MethodConfig, "methods", "method", base, layout or default_layout())
     if not changes:
@@ -315,7 +328,7 @@ def load_method(name: str, layout: Layout | None = None) -> MethodConfig:
         target, key = (value["calibration"], rest) if dot and part == "calibration" else (value["options"], key)
         try:
             target[key] = _value(text)
-        except yaml.YAMLError as error:
+        except ValueError as error:
             raise ConfigError(f"method {name!r}: {text!r} of {key} is not valid YAML; write e.g. {key}=0.1") from error
     value |= {"label": f"{config.label} ({', '.join(changes)})", "paper": None}
     return parse(MethodConfig, value, f"method {name}")

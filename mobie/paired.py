@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from mobie.results import Cell, Model, Results
 
@@ -24,22 +24,36 @@ def log_ratio(
     standard error is that of the mean over the same windows, texts taken as independent. A hole of either is a hole.
     """
     parts = [_one_text(results, model, method, reference, text, seed) for text in texts]
-    hole = next((part for part in parts if part.value is None), None)
-    if hole is not None:
-        return hole
-    error = math.sqrt(math.fsum(part.stderr**2 for part in parts)) / len(parts)
-    value = math.fsum(part.value for part in parts) / len(parts)
-    return Cell(value, error, sum(part.n for part in parts), record=parts[0].record)
+    known = [part for part in parts if not isinstance(part, Cell)]
+    if len(known) < len(parts):
+        return next(part for part in parts if isinstance(part, Cell))
+    error = math.sqrt(math.fsum(part.stderr**2 for part in known)) / len(known)
+    value = math.fsum(part.mean for part in known) / len(known)
+    return Cell(value, error, sum(part.n for part in known), record=known[0].record)
 
 
-def _one_text(results: Results, model: Model, method: str, reference: str, text: str, seed: int | None) -> Cell:
+@dataclass(frozen=True)
+class _Paired:
+    """Mean difference of the losses of two methods on one text's windows."""
+
+    mean: float
+    stderr: float
+    n: int
+    record: str
+
+
+def _one_text(
+    results: Results, model: Model, method: str, reference: str, text: str, seed: int | None
+) -> _Paired | Cell:
+    """The difference, or the hole that is in its place."""
     name = f"{text}.perplexity"
     cells = [results.cell(model, m, "perplexity", name, seed=seed) for m in (method, reference)]
     hole = next((cell for cell in cells if cell.value is None), None)
     if hole is not None:
         return replace(hole, stderr=None, n=None)
-    records = [results.record(model, m, "perplexity", seed) for m in (method, reference)]
-    losses = [record.details.get("window_nll", {}).get(text) for record in records]
+    losses = [
+        results.details(model, m, "perplexity", seed).get("window_nll", {}).get(text) for m in (method, reference)
+    ]
     if None in losses:
         reason = f"the record has no losses by window of {text}: it is of an older version; run its job again"
         return Cell(None, status="missing", reason=reason, record=cells[losses.index(None)].record)
@@ -50,4 +64,4 @@ def _one_text(results: Results, model: Model, method: str, reference: str, text:
     if n < 2:
         return Cell(None, status="missing", reason=f"one window of {text}: no standard error", record=cells[0].record)
     error = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-    return Cell(mean, error, n, record=cells[0].record)
+    return _Paired(mean, error, n, cells[0].record)

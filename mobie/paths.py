@@ -3,13 +3,17 @@
 - `resources/`: downloads, hash-checked
 - `resources/lm_eval_mirror/`: benchmark data in the shape lm-eval reads
 - `resources/hub/OWNER/NAME/`: data sets from the hub
+- `resources/github/OWNER/NAME/FILE`: files of GitHub repositories
 - `resources/models/MODEL/`: hub models
 - `results/SUITE/MODEL/calibration/`: token sequences
 - `results/SUITE/MODEL/windows/`: token windows of the texts that are scored
 - `results/SUITE/MODEL/gradients/`: loss gradients, shared by the methods that need the same
-- `results/SUITE/MODEL/METHOD/sSEED/`: checkpoint/ and one record per job
+- `results/SUITE/MODEL/METHOD/sSEED/`: checkpoint/ and one record per job;
+  code_samples/ holds the programs that a model wrote
+- `results/reliability/`: what the harnesses of tests/reliability found; `RELIABILITY.md` is made of it
 - `results/published/SUITE/MODEL/METHOD/sSEED/`: committed records of a machine with a GPU
 - `results/table2.{csv,md,tex,long.csv}`: tables; `results/claims.{csv,md,json}`, `results/report.html`
+- `results/mobie-SUITE-VERSION.zip`: a published suite
 - `paper_figures/fig6.{svg,pdf,png,csv}`: figures, with the values drawn
 - `logs/`: log (.log) and measured time and memory (.tsv) of a job, by the same keys
 """
@@ -96,6 +100,8 @@ class Layout:
         """Where a row of `sources.csv` lands: a wheel under its own name, a repository as a folder."""
         if source.kind == "pypi-wheel":
             return self.resources / source.files[0]
+        if source.kind == "github":
+            return self.resources / "github" / source.reference / source.files[0]
         return self.hub_data / (source.reference if source.kind == "hub" else source.name)
 
     @property
@@ -130,6 +136,10 @@ class Layout:
     def checkpoint(self, suite: str, model: str, method: str, seed: int | str) -> Path:
         return self.run(suite, model, method, seed) / "checkpoint"
 
+    def code_samples(self, suite: str, model: str, method: str, seed: int | str) -> Path:
+        """Programs that a model wrote, one file for each set of problems and way of generating."""
+        return self.run(suite, model, method, seed) / "code_samples"
+
     def record(self, suite: str, model: str, method: str, seed: int | str, kind: str) -> Path:
         return self.run(suite, model, method, seed) / f"{kind}.json"
 
@@ -150,6 +160,18 @@ class Layout:
     @property
     def report(self) -> Path:
         return self.root / "results" / "report.html"
+
+    def finding(self, name: str) -> Path:
+        """What a harness of tests/reliability found."""
+        return self.root / "results" / "reliability" / f"{name}.json"
+
+    @property
+    def reliability(self) -> Path:
+        return self.root / "RELIABILITY.md"
+
+    def archive(self, suite: str, version: str) -> Path:
+        """What `publish` packs a suite into."""
+        return self.root / "results" / f"mobie-{suite}-{version}.zip"
 
     def log(self, *keys: str) -> Path:
         return (self.root / "logs").joinpath(*keys[:-1], f"{keys[-1]}.log")

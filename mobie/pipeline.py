@@ -36,7 +36,7 @@ from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
 from mobie.models.base import Adapter
 from mobie.models.load import kept_dtype, load_full_precision, model_type
 from mobie.packing.bank import split_gate_up
-from mobie.packing.base import BitLedger
+from mobie.packing.base import BitLedger, Packed
 from mobie.packing.checkpoint import (
     KEPT,
     BlockNames,
@@ -122,7 +122,8 @@ def _quantize_block(
     linear_stats = defaultdict(lambda: NO_STATISTICS) if statistics is None else statistics.linear_stats()
     if guided is not None:
         linear_stats = _add_guided(linear_stats, guided)
-    linears, errors = {}, {}
+    linears: dict[str, Packed] = {}
+    errors: dict[str, float | None] = {}
     for group in adapter.linear_groups(block):
         weights = {name: module.weight.detach().float() for name, module in group.items()}
         roles = {name.rpartition(".")[2]: name for name in group}  # methods know Linears by the field's names, `q_proj`
@@ -140,7 +141,7 @@ def _quantize_block(
         return PackedBlock(linears, {}), details
     if method.quantizes_router:
         name = adapter.architecture.router
-        linears[name] = method.quantize_router(adapter.router(block).weight.detach().float(), linear_stats[name])
+        linears[name] = method.quantize_router(adapter.moe_router(block).weight.detach().float(), linear_stats[name])
     if statistics is None:
         bank_stats = _no_bank_statistics(bank)
     else:
@@ -152,8 +153,8 @@ def _quantize_block(
     dense = split_gate_up({name: packed.dequantize() for name, packed in experts.items()})
     for name, weight in bank.projections.items():
         per_expert = zip(weight, dense[name], bank_stats.experts[name], strict=True)
-        per_expert_errors = [_relative_error(w, d, s) for w, d, s in per_expert]
-        errors[f"experts.{name}"] = None if None in per_expert_errors else sum(per_expert_errors) / len(weight)
+        known = [error for w, d, s in per_expert if (error := _relative_error(w, d, s)) is not None]
+        errors[f"experts.{name}"] = sum(known) / len(weight) if len(known) == len(weight) else None
     if guided is not None:
         details["pairs_without_gradient"] = guided.unmatched
     return PackedBlock(linears, experts), details
@@ -369,7 +370,11 @@ class _Loop:
         """Guided Hessians of a block from its token weights; the full-precision stream moves on."""
         began = time.process_time()
         groups, experts = self.adapter.linear_groups(block), self.adapter.experts_module(block)
-        observer = GuidedHessians(self._full_stream.shape(groups, experts), self._gradients.weights(index))
+        assert self._full_stream is not None and self._gradients is not None  # `enter` has made both
+        weights = self._gradients.weights(index)
+        if weights is None:
+            raise DataError(f"block {index}: its token weights are gone; run the same command again to make them")
+        observer = GuidedHessians(self._full_stream.shape(groups, experts), weights)
         self._full_stream = self._full_stream.observe(block, experts, self.model.config, observer)
         guided = replace(observer.result(), cpu_seconds=time.process_time() - began)
         if self._shares:

@@ -20,14 +20,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mobie.determinism import settings
 from mobie.errors import DataError
 from mobie.paths import PACKAGE
+from mobie.redaction import redact_arguments
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "lm-eval", "datasets", "snakemake")
+LIBRARIES = (
+    *("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "scipy"),
+    *("lm-eval", "evalplus", "datasets", "snakemake"),
+)
+#: written into a container image by its build: which image a job ran in
+IMAGE = Path("/usr/share/mobie/image.json")
 
 #: modules that carry values from one place to another and compute none: a change in them makes no result stale
 CARRIERS = frozenset(
-    f"mobie.{name}" for name in ("config", "errors", "paths", "provenance", "records", "storage", "progress")
+    f"mobie.{name}"
+    for name in ("config", "errors", "parsing", "paths", "progress", "provenance", "records", "redaction", "storage")
 )
 
 
@@ -143,6 +151,20 @@ def git_commit(folder: Path) -> str | None:
     return commit.stdout.strip() or None
 
 
+def image() -> dict[str, Any] | None:
+    """Identity of the container image that this process runs in: name, digests, commit; None outside of one.
+
+    Raises:
+        DataError: the image's description cannot be read, so that a record could not say where it comes from.
+    """
+    try:
+        return dict(json.loads(IMAGE.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{IMAGE}: cannot be read ({error}), expected a JSON object; build the image again") from error
+
+
 def collect(inputs: Mapping[str, str], code: str, root: Path) -> dict[str, Any]:
     """What a record keeps about its making; `inputs` maps a name to a hash."""
     return {
@@ -150,7 +172,9 @@ def collect(inputs: Mapping[str, str], code: str, root: Path) -> dict[str, Any]:
         "code": code,
         "versions": versions(),
         "host": host(),
+        "image": image(),
+        "settings": settings(),
         "git_commit": git_commit(root),
-        "command": ["python", "-m", "mobie", *sys.argv[1:]],
+        "command": redact_arguments(["python", "-m", "mobie", *sys.argv[1:]]),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -8,10 +8,11 @@ and there is no second list to keep in step.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mobie.config import (
     MethodConfig,
@@ -22,12 +23,16 @@ from mobie.config import (
     load_protocol,
     load_suite,
 )
+from mobie.errors import DataError
 from mobie.paths import Layout
 from mobie.records import Record, read_record
 
 CHANCE_STDERRS = 2.0
 #: kinds of records that a rule makes
-KINDS = ("quantize", "perplexity", "tasks", "routing", "shift", "cka", "generations", "hard", "speed")
+KINDS = (
+    *("quantize", "perplexity", "tasks", "routing", "shift", "cka", "generations", "hard", "code_samples", "code"),
+    "speed",
+)
 #: kinds whose committed records stand in where a suite has none, or a skipped one: they need a machine with a GPU
 PUBLISHED = ("speed",)
 
@@ -70,9 +75,10 @@ def average(cells: Sequence[Cell]) -> Cell:
     hole = next((cell for cell in cells if cell.value is None), None)
     if hole is not None:
         return replace(hole, stderr=None, n=None, chance=None)
+    values = [cell.value for cell in cells if cell.value is not None]
     errors, chances, counts = ([getattr(c, name) for c in cells] for name in ("stderr", "chance", "n"))
     return Cell(
-        math.fsum(cell.value for cell in cells) / len(cells),
+        math.fsum(values) / len(values),
         None if None in errors else math.sqrt(math.fsum(error**2 for error in errors)) / len(cells),
         None if None in counts else sum(counts),
         None if None in chances else math.fsum(chances) / len(cells),
@@ -122,7 +128,7 @@ class Results:
             if name in self.suite.absent_models:
                 found.append(Model(name, name, None, self.suite.absent_models[name]))
             else:
-                config = load_model_config(name, self.layout)
+                config = self.suite.applied_to(load_model_config(name, self.layout))
                 found.append(Model(name, config.label or name, config))
         return found
 
@@ -138,6 +144,15 @@ class Results:
         """
         return self._found(model, method, kind, seed)[1]
 
+    def details(self, model: Model, method: str, kind: str, seed: int | None = None) -> Mapping[str, Any]:
+        """Details of a record that a cell, or the lack of a hole, has shown to be there. Raises `DataError`."""
+        record = self.record(model, method, kind, seed)
+        if record is None:
+            raise DataError(
+                f"{self.path(model, method, kind, seed)}: no such record, and something is to be read from it"
+            )
+        return record.details
+
     def _found(self, model: Model, method: str, kind: str, seed: int | None) -> tuple[Path, Record | None]:
         """Where a record lies that is read, and the record."""
         if kind not in KINDS:
@@ -149,8 +164,9 @@ class Results:
         if kind not in PUBLISHED:
             return path, record
         published = self.published(self.suite_name, model.name, method, kind, seed)
-        stands_in = published is not None and (record is None or record.status == "skipped")
-        return published if stands_in else (path, record)
+        if published is not None and (record is None or record.status == "skipped"):
+            return published
+        return path, record
 
     def published(
         self, suite: str, model: str, method: str, kind: str, seed: int | None = None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from mobie.errors import StorageError
 REMEDIES = {
     errno.ENOSPC: "free some space on this disk, then run the same command again",
     errno.EDQUOT: "free some of your quota on this disk, then run the same command again",
+    errno.EFBIG: "raise the limit on the size of files (`ulimit -f unlimited`), then run the same command again",
     errno.EROFS: "the file system is read-only: remount it writable, or work in a copy of the repository",
     errno.EACCES: "give yourself write permission to the folder, then run the same command again",
     errno.EPERM: "give yourself write permission to the folder, then run the same command again",
@@ -31,9 +35,15 @@ def _number(error: OSError) -> int | None:
     return error.errno if found is None else int(found[1])
 
 
+def no_memory(error: Exception) -> bool:
+    """Whether the system refused for lack of memory, not of disk."""
+    number = getattr(error, "errno", None)
+    return number == errno.ENOMEM or f"os error {errno.ENOMEM})" in str(error)
+
+
 def storage_error(path: Path, error: OSError) -> StorageError:
     """The user's version of an `OSError` met while writing `path`."""
-    remedy = REMEDIES.get(_number(error), "check the disk and the folder, then run the same command again")
+    remedy = REMEDIES.get(_number(error) or 0, "check the disk and the folder, then run the same command again")
     return StorageError(
         f"{path}: could not be written ({error.strerror or error}); finished files are as they were; {remedy}"
     )
@@ -57,23 +67,70 @@ def make_folder(path: Path) -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; on leaving, it is flushed to disk and renamed to `path`.
+    """Give a temporary path to write to; on leaving, it is flushed to disk and renamed to `path`.
 
-    Parents are made. When anything goes wrong the temporary file is removed and `path` is as it was.
+    Parents are made. When anything goes wrong what was written is removed and `path` is as it was. What a killed
+    process left of an earlier attempt is removed.
 
     Raises:
         StorageError: the system refused to write.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
-        try:
+        _remove_abandoned(path)
+        with _held_folder(path.with_name(f".{path.name}.{os.getpid()}.tmp")) as folder:
+            temporary = folder / path.name
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder and lock it, so that others can tell it from one that a killed process left; gone afterwards.
+
+    A folder and not the file: libraries put another file in the place of the one they are told to write.
+    """
+    while True:
+        folder.mkdir(exist_ok=True)
+        with _opened(folder) as descriptor:
+            _lock(descriptor, fcntl.LOCK_EX)
+            # another process may have taken it for abandoned before it was locked
+            if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
+                try:
+                    yield folder
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+                return
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, operation: int) -> bool:
+    """Take a lock that ends with the process; False where another has it, or the file system knows no locks."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary folders of `path` that no living process holds."""
+    form = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp")
+    for name in os.listdir(path.parent):
+        if form.fullmatch(name):
+            with suppress(OSError), _opened(path.with_name(name)) as descriptor:
+                if _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(path.with_name(name), ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -90,3 +147,26 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, keys sorted, with a final newline, whole or not at all. Raises `StorageError`."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+SEAL = "sha256"
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object and the SHA-256 of its content, whole or not at all. Raises `StorageError`."""
+    plain = json.loads(json.dumps(value, allow_nan=False))  # as a reader sees it: keys are texts, tuples lists
+    write_json(path, plain | {SEAL: _digest(plain)})
+
+
+def unsealed(value: Any) -> dict[str, Any]:
+    """The object that `write_sealed` wrote, from its JSON value. Raises `ValueError` where it was changed since."""
+    if not isinstance(value, dict) or SEAL not in value:
+        raise ValueError(f"no {SEAL} of its content: it is damaged, or an earlier version wrote it")
+    plain = {key: one for key, one in value.items() if key != SEAL}
+    if _digest(plain) != value[SEAL]:
+        raise ValueError(f"its content has the {SEAL} {_digest(plain)}, expected {value[SEAL]} as written in it")
+    return plain

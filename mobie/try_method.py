@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import time
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -57,8 +59,9 @@ def load_array(path: Path, what: str, dimensions: tuple[int, ...]) -> Tensor:
         DataError: no readable array, wrong type or number of dimensions, an empty dimension, NaN or infinity.
     """
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # mapped: a header that promises more than the file holds is refused before anything is allocated
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError, OverflowError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path}: {what} cannot be read ({error}); expected a NumPy file, as written by numpy.save"
         ) from error

@@ -13,6 +13,7 @@ from mobie.cli import main
 from mobie.config import read_yaml
 from mobie.errors import UnsupportedError
 from mobie.jobs import stale
+from mobie.jobs.keys import write_checksums
 from mobie.packing.base import BitLedger, LedgerItem
 from mobie.paths import Layout
 from mobie.pipeline import QuantizeReport
@@ -42,6 +43,7 @@ def work(repository: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         (assets / "nano-olmoe").mkdir(parents=True, exist_ok=True)
         (assets / "nano-olmoe" / file).write_text("{}")
+    write_checksums(assets / "nano-olmoe")
     calibration = read_yaml(repository.config_file("models", "nano-olmoe"))["calibration"]
     path = repository.calibration(
         "smoke", "nano-olmoe", calibration["text"], calibration["sequences"], calibration["length"], 0
@@ -65,10 +67,11 @@ def test_help_explains_every_verb_with_an_example_and_starts_without_torch(tmp_p
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from mobie.cli import main; main()"
     shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    work = "fetch mirror train-nano calibrate windows quantize speed try chat"
+    work = "fetch mirror train-nano calibrate windows quantize generate-code score-code speed try chat"
     targets = "table figure claims report audit sensitivity readme methods schema kernels tune"
+    results = "check publish rebuild reliability"
     scores = {f"score-{kind}" for kind in stale.SCORERS}
-    assert set(main.commands) == {*work.split(), *targets.split(), *scores}
+    assert set(main.commands) == {*work.split(), *targets.split(), *results.split(), *scores}
     for name, verb in main.commands.items():
         assert f"\n  {name} " in shown.stdout
         assert f"python -m mobie {name}" in verb.help

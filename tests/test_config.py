@@ -20,7 +20,9 @@ from mobie.config import (
 )
 from mobie.data.texts import TEXTS
 from mobie.errors import ConfigError
+from mobie.jobs.keys import Keys
 from mobie.paths import Layout, find_root
+from mobie.results import Results
 from mobie.sources import load_sources
 
 HERE = Layout(find_root(Path(__file__).parent))
@@ -109,6 +111,19 @@ def test_a_calibration_without_whole_positive_sequences_is_refused(repository: L
     edit(repository.config_file("models", "nano-olmoe"), calibration={"text": "wiki", "sequences": value, "length": 8})
     with pytest.raises(ConfigError, match=r"calibration\.sequences: .*got "):
         load_model_config("nano-olmoe", repository)
+
+
+def test_a_suite_changes_the_calibration_of_its_models_and_a_method_changes_it_further() -> None:
+    model = load_model_config("nano-olmoe", HERE)
+    suite = load_suite("tiny", HERE)
+    changed = suite.applied_to(model)
+    assert changed.calibration == suite.calibration.apply(model.calibration) != model.calibration
+    assert changed.model_copy(update={"calibration": model.calibration}) == model
+    assert Keys(HERE, "tiny", "nano-olmoe", 0).calibration_config == changed.calibration
+    own = Keys(HERE, "tiny", "nano-olmoe", 0, "rtn-w3+calibration.sequences=5").calibration_config
+    assert own == changed.calibration.model_copy(update={"sequences": 5})
+    assert Results("tiny", HERE).models("table2")[0].config == changed
+    assert load_suite("smoke", HERE).applied_to(model) == model
 
 
 def test_a_missing_key_is_named(repository: Layout) -> None:

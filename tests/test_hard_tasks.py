@@ -25,13 +25,14 @@ from mobie.jobs import score
 from mobie.jobs.keys import Keys
 from mobie.paths import Layout
 from mobie.scoring.hard import HARD_TASKS, HardProtocol, HardScores, _is_cut, hard, harness_names, load_hard_tasks
+from mobie.storage import write_sealed
 
 ROOT = Path(__file__).parents[1]
 GROUP = ROOT / "workflow" / "config" / "lm_eval" / "hard.yaml"
 CONTEXT, GENERATED = 128, 12
 MMLU = {"name": "mmlu", "limit": 1}
 FLEXIBLE = {"name": "gsm8k", "limit": None, "generated_tokens": GENERATED, "filter": "flexible-extract"}
-HOLES = {"mathqa": "no data", "mbpp": "no sandbox", "humaneval": "no sandbox"}
+HOLES = {"mathqa": "no data"}
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +246,8 @@ def test_what_cannot_be_scored_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"holes": {"mathqa": "x", "mbpp": "x"}}, "expected each of .*humaneval once"),
-        ({"holes": HOLES | {"mmlu": "x"}}, "gsm8k, humaneval, mathqa, mbpp, mmlu, mmlu"),
+        ({"holes": {}}, "expected each of .*mathqa.* once"),
+        ({"holes": HOLES | {"mmlu": "x"}}, "gsm8k, mathqa, mmlu, mmlu"),
         ({"holes": HOLES | {"math": "x"}}, "math, mathqa"),
         ({"max_length": GENERATED}, "leave no room for a prompt"),
         ({"tasks": ({**MMLU, "limit": 0}, FLEXIBLE)}, "limit"),
@@ -293,14 +294,14 @@ def test_a_job_says_what_it_did_not_score(
     """The smoke suite's own protocol, with a mirror and a model in place of the real ones."""
     keys = Keys(repository, "smoke", "nano-olmoe", 0, "fp16")
     shutil.copytree(mirror, repository.mirror)
-    repository.mirror_stamp.write_text("{}")
+    write_sealed(repository.mirror_stamp, {"files": {}})
     monkeypatch.setattr(score, "checkpoint_of", lambda *_: (repository.root, "0" * 64))
-    monkeypatch.setattr(score, "_load", lambda *_: (model, tokenizer))
+    monkeypatch.setattr(score, "load", lambda *_: (model, tokenizer))
     job = score.JOBS["hard"](keys)
     assert set(job.inputs) == {"checkpoint", "group", "mirror"}
     found = job.measure()
     assert {m.name for m in found.measurements} == {"mmlu.acc", "gsm8k.exact_match"}
     details = json.loads(json.dumps(found.details))
-    assert set(details["holes"]) == {"mathqa", "mbpp", "humaneval"}
+    assert set(details["holes"]) == {"mathqa"}
     assert details["filters"] == {"mmlu": "none", "gsm8k": "flexible-extract"}
     assert len(details["answers"]["mmlu.acc"]) == 2 * 57 and len(details["answers"]["gsm8k.exact_match"]) == 6

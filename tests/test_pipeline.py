@@ -683,11 +683,15 @@ def test_full_disk_leaves_finished_shards_and_the_run_goes_on(
 def test_full_disk_while_copying_the_tokenizer(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    whole = Path.write_bytes
 
-    monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(StorageError, match=r"config\.json.*No space left.*free some space"):
+    def full(path: Path, data: bytes) -> int:
+        if path.name == "tokenizer.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match=r"tokenizer\.json.*No space left.*free some space"):
         quantize(sources["olmoe"], method("rtn"), TOKENS, tmp_path, fingerprint="job")
     assert not (tmp_path / MANIFEST).exists()
 

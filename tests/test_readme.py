@@ -11,12 +11,14 @@ from click.testing import CliRunner
 from mobie.cli import main
 from mobie.config import default_layout
 from mobie.errors import DataError
+from mobie.figures.seal import seal_svg
 from mobie.paths import Layout
 from mobie.report.readme import PART, PARTS, fill_readme, markdown_table
 from mobie.results import Results
-from mobie.storage import write_bytes, write_json
+from mobie.storage import write_bytes
 from mobie.tables import build_table
 from mobie.tables.table import write_table
+from mobie.verdicts import judge, write_claims
 
 README = (default_layout().root / "README.md").read_text()
 
@@ -36,22 +38,28 @@ def test_the_figure_is_copied_to_where_it_is_committed(repository: Layout) -> No
     path.write_text("<!-- generated: pareto -->\n<!-- end -->\n")
     with pytest.raises(DataError, match=r"pareto\.svg: no such file"):
         fill_readme(repository)
-    write_bytes(repository.figure("pareto", "svg"), b"<svg/>")
+    write_bytes(repository.figure("pareto", "svg"), seal_svg(b"<svg/>"))
     fill_readme(repository)
     assert "](paper_figures/readme/pareto.svg)" in path.read_text()
-    assert repository.readme_figure("pareto", "svg").read_bytes() == b"<svg/>"
+    assert repository.readme_figure("pareto", "svg").read_bytes() == seal_svg(b"<svg/>")
 
 
 def test_claims_are_counted_and_listed(repository: Layout) -> None:
     path = repository.root / "README.md"
     path.write_text("<!-- generated: claims -->\n<!-- end -->\n")
-    claim = {"id": "speed", "claim": "2 | 3 * faster", "paper": "not checkable", "verdict": "not run"}
-    found = {"counts": {"not run": 1}, "paper_counts": {"not checkable": 1}, "claims": [claim]}
-    write_json(repository.table("claims", "json"), found)
+    verdicts = judge(Results("smoke", repository))
+    write_claims(verdicts, repository)
     fill_readme(repository)
     text = path.read_text()
-    assert "| this suite: not run | 1 |" in text and "| the paper's own entries: not checkable | 1 |" in text
-    assert r"| speed | 2 \| 3 \* faster | not checkable | not run |" in text
+    for verdict, count in verdicts.counts.items():
+        assert f"| this suite: {verdict} | {count} |" in text
+    for claim in verdicts.claims:
+        assert f"| {claim.id} |" in text
+    file = repository.table("claims", "json")
+    file.write_text(file.read_text().replace('"not run"', '"holds"', 1))
+    with pytest.raises(DataError, match=r"claims\.json: not what the records"):
+        fill_readme(repository)
+    assert path.read_text() == text
 
 
 def test_parts_are_rewritten_and_the_rest_is_left(repository: Layout) -> None:
@@ -76,6 +84,10 @@ def test_table2_is_embedded_under_the_readmes_headings_without_the_papers_own(re
     assert re.findall(r"^#+ ", text, re.MULTILINE) == ["# ", "## ", "### ", "#### "]
     assert "<details>" not in text and "14.37" not in text
     assert "| MoBiE " in text and "[1] missing: its job has not run" in text
+    markdown = repository.table("table2", "md")
+    markdown.write_text(markdown.read_text().replace("MoBiE", "MoBiF", 1))
+    with pytest.raises(DataError, match=r"table2\.md: not what the records"):
+        fill_readme(repository)
 
 
 def test_missing_results_and_unknown_parts_are_named(repository: Layout) -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from mobie.errors import DataError
 from mobie.figures import FIGURES, collect_figure
 from mobie.figures.figure import to_csv
+from mobie.figures.seal import seal_svg
 from mobie.paths import PACKAGE, Layout
 from mobie.records import Measurement, Record, write_record
 from mobie.report.build import TEMPLATES, build_report, report_records
@@ -136,7 +137,7 @@ def make_repository(root: Path) -> Layout:
     make_log(layout, "tasks", EVIL + "\n")
     layout.figure("fig6", "svg").parent.mkdir()
     for name in ("fig6", "fig7"):  # the same ids in both
-        layout.figure(name, "svg").write_text(SVG)
+        layout.figure(name, "svg").write_bytes(seal_svg(SVG.encode()))
     layout.figure("fig6", "csv").write_text(to_csv(collect_figure("fig6", Results("smoke", layout))))
     layout.figure("fig7", "csv").write_text(to_csv(collect_figure("fig7", Results("paper", layout))))
     return layout

@@ -229,7 +229,7 @@ def test_the_perplexity_job_keeps_the_losses_of_all_windows(
     shape = SMALL | {"vocab_size": 4096, "max_position_embeddings": 256}
     model = OlmoeForCausalLM(OlmoeConfig(**shape, num_experts=4)).eval()
     monkeypatch.setattr("mobie.jobs.score.checkpoint_of", lambda keys, method: (embedded_model("nano-olmoe"), "hash"))
-    monkeypatch.setattr("mobie.jobs.score._load", lambda folder, dtype: (model, None))
+    monkeypatch.setattr("mobie.jobs.score.load", lambda folder, dtype: (model, None))
     path = windowed.layout.config_file("protocols", "smoke")
     path.write_text(path.read_text().replace("windows: 64", "windows: 3"))
     make_windows(windowed)
@@ -270,7 +270,7 @@ def test_the_repositorys_protocols_are_valid_and_name_known_texts_and_tasks(name
     texts = [PerplexityProtocol(**part) for part in raw["perplexity"]] + [RoutingProtocol(**raw["routing"])]
     assert {part.text for part in texts} <= set(TEXTS)
     assert TasksProtocol(**raw["tasks"]).tasks == SEVEN
-    assert set(raw) == {"perplexity", "tasks", "hard", "routing", "shift", "cka", "generations", "speed"}
+    assert set(raw) == {"perplexity", "tasks", "hard", "routing", "shift", "cka", "generations", "code", "speed"}
 
 
 # ---------------------------------------------------------------- perplexity

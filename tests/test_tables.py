@@ -100,16 +100,8 @@ def fill(layout: Layout, suite: str, name: str) -> None:
         "tasks": ({f"{t}.{m}": 0.5 for t in tasks for m in ("acc", "acc_norm")}, {}),
         "routing": ({"similarity": 0.9, "expert_shift": 0.1}, {}),
         "shift": (dict.fromkeys(shift, 20.0), {"window_nll": dict.fromkeys(shift, nll)}),
-        "hard": (
-            {
-                "mmlu.acc": 0.3,
-                "gsm8k.exact_match": 0.2,
-                "mathqa.acc": 0.2,
-                "mbpp.pass_at_1": 0.1,
-                "humaneval.pass_at_1": 0.1,
-            },
-            {},
-        ),
+        "hard": ({"mmlu.acc": 0.3, "gsm8k.exact_match": 0.2, "mathqa.acc": 0.2}, {}),
+        "code": ({"mbpp.pass@1": 0.1, "humaneval.pass@1": 0.1}, {}),
         "generations": (
             {"tokens": 4.0, "repetition": 0.5},
             {"samples": [{"id": f"prompt-{i}", "model": "m", "prompt": p} | sample for i, p in enumerate(prompts, 1)]},
@@ -568,21 +560,20 @@ def test_table7_by_hand(repository: Layout) -> None:
 
 
 def test_table8_averages_only_what_is_whole(repository: Layout) -> None:
-    scores = {
-        "mmlu.acc": 0.5,
-        "gsm8k.exact_match": 0.2,
-        "mathqa.acc": 0.3,
-        "mbpp.pass_at_1": 0.1,
-        "humaneval.pass_at_1": 0.15,
-    }
-    write(repository, "fp16", "hard", scores)
-    partial = {name: value for name, value in scores.items() if name != "mbpp.pass_at_1"}
-    write(repository, "billm", "hard", partial, details={"holes": {"mbpp": "no sandbox"}})
+    programs = {"mbpp.pass@1": 0.1, "humaneval.pass@1": 0.15}
+    for method in ("fp16", "billm", "mobie"):
+        write(repository, method, "hard", {"mmlu.acc": 0.5, "gsm8k.exact_match": 0.2, "mathqa.acc": 0.3})
+    write(repository, "fp16", "code", programs)
+    write(repository, "billm", "code", {"humaneval.pass@1": 0.15}, details={"holes": {"mbpp": "no problems"}})
+    write(repository, "mobie", "code", {}, status="skipped", reason="no container")
     table = build_table("table8", Results("smoke", repository))
     fp16, billm = (row_of(table, config=name) for name in ("fp16", "billm"))
     assert fp16.cells["avg5"].value == pytest.approx(25.0)
-    assert billm.cells["avg5"].value is None and billm.cells["avg5"].reason == "no sandbox"
+    assert billm.cells["avg5"].value is None and billm.cells["avg5"].reason == "no problems"
     assert billm.cells["mbpp"].status == "unsupported" and billm.cells["mmlu"].value == 50.0
+    mobie = row_of(table, config="mobie").cells
+    assert mobie["humaneval"].reason == mobie["avg5"].reason == "no container" and mobie["mmlu"].value == 50.0
+    assert "greedy program passes the base tests" in to_markdown(table)
     nine = build_table("table9", Results("smoke", repository))
     assert row_of(nine, config="billm").cells["avg3"].value == pytest.approx((50 + 20 + 15) / 3)
     assert "nano-olmoe is not tuned to follow instructions" in to_markdown(nine)

@@ -28,6 +28,7 @@ from mobie.records import Measurement, Record, read_record, write_record
 from mobie.results import Results
 from mobie.tables.table2 import TASK_METRICS
 from mobie.tables.table8 import METRICS as HARD_METRICS
+from mobie.tables.table8 import hard_kind
 from mobie.verdicts import document, judge, to_markdown, verdict_records, write_claims
 from mobie.verdicts.arithmetic import evaluate
 from mobie.verdicts.document import Relation, load_ours
@@ -247,8 +248,8 @@ def put_all(layout: Layout, suite: str) -> None:
             values = [Measurement(f"layer{i}.similarity", 0.9 - i / 100 - place / 500, 0.001, 99) for i in range(4)]
             values.append(Measurement("similarity", 0.88, 0.001, 99))
             put(layout, suite, model, method, kind, values, {})
-        elif kind == "hard":
-            names = {task: f"{task}.{metric}" for task, metric in HARD_METRICS.items()}
+        elif kind in ("hard", "code"):
+            names = {task: f"{task}.{metric}" for task, metric in HARD_METRICS.items() if hard_kind(task) == kind}
             answers = {name: [1.0] * (60 + place) + [0.0] * (140 - place) for name in names.values()}
             values = [Measurement(name, sum(a) / 200, 0.03, 200, 0.25) for name, a in answers.items()]
             put(layout, suite, model, method, kind, values, {"answers": answers, "items": {t: [1] for t in names}})

@@ -43,12 +43,12 @@ def no_torch(tmp_path: Path) -> Path:
     """A folder that makes imports of heavy libraries fail."""
     folder = tmp_path / "light"
     folder.mkdir()
-    for library in ("torch", "transformers", "datasets", "lm_eval"):
+    for library in ("torch", "transformers", "datasets", "lm_eval", "evalplus"):
         (folder / f"{library}.py").write_text(f"raise ImportError('{library} is not for planning')")
     return folder
 
 
-@pytest.mark.parametrize("suite", ["smoke", "paper"])
+@pytest.mark.parametrize("suite", ["smoke", "tiny", "paper"])
 def test_a_suite_resolves_whole_without_torch(repository: Layout, no_torch: Path, suite: str) -> None:
     jobs = planned(snakemake(repository.root, "-n", "--config", f"suite={suite}", path=no_torch))
     assert jobs["table"] == len(TABLES)
@@ -58,8 +58,9 @@ def test_a_suite_resolves_whole_without_torch(repository: Layout, no_torch: Path
     wanted = {path for name in TABLES for path in table_records(name, suite, repository)}
     wanted |= {path for name in FIGURES for path in figure_records(name, suite, repository)}
     wanted |= set(verdict_records(suite, repository))
-    for kind in stale.SCORERS:
+    for kind in (*stale.SCORERS, "code"):
         assert jobs[f"score_{kind}"] == sum(path.name == f"{kind}.json" for path in wanted), kind
+    assert jobs["generate_code"] == jobs["score_code"]
     runs = {path.parent for path in wanted}
     references = {path.parents[2] / REFERENCE / path.parent.name for path in wanted if path.name == "routing.json"}
     assert jobs["quantize"] == len(runs | references)
@@ -141,13 +142,6 @@ def test_each_method_has_its_own_code_hash() -> None:
     assert len(set(hashes.values())) == len(hashes)
     with pytest.raises(ConfigError, match="did you mean"):
         stale.quantize_code("gptqq")
-
-
-def test_every_line_of_the_profile_is_commented() -> None:
-    lines = (PACKAGE.parent / "workflow" / "profiles" / "default" / "config.yaml").read_text().splitlines()
-    assert lines
-    for line in lines:
-        assert "#" in line, line
 
 
 def test_model_files_of_a_hub_model_are_its_stamp(repository: Layout) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, observed_experts_forward)
 
 
 @contextmanager
-def observe_experts(observers: Mapping[nn.Module, ExpertsObserver], config: object) -> Iterator[None]:
+def observe_experts(observers: Mapping[nn.Module, ExpertsObserver], config: Any) -> Iterator[None]:
     """Route the experts modules in `observers` through the observed function while the context lasts."""
     before = config._experts_implementation
     config._experts_implementation = EXPERTS_FUNCTION
@@ -238,7 +238,7 @@ class BlockStatistics(_BlockObserver):
 
     def linear_stats(self) -> dict[str, LinearStats]:
         """Statistics of every Linear by name."""
-        stats = {}
+        stats: dict[str, LinearStats] = {}
         for leader, group in self._groups.items():
             shared = replace(self._linears[leader].finish(), mean_gram=self._means[leader].gram())
             stats |= dict.fromkeys(group, shared)
@@ -302,6 +302,7 @@ class GuidedHessians(_BlockObserver):
         _add_weighted(self._linears[name], rows, token_weights)
 
     def inputs(self, projection: str, expert: int, x: Tensor, token: Tensor, slot: Tensor) -> None:
+        assert self._weights.top_k_index is not None and self._counts is not None  # there are experts
         routed = self._weights.top_k_index[token + self._offset] == expert  # (rows, k)
         token_weights = (self._weights.experts[projection][token + self._offset] * routed[..., None]).sum(1)
         _add_weighted(self._experts[projection][expert], x, token_weights)
@@ -344,7 +345,7 @@ def blend_with_pool(stats: BankStats) -> tuple[BankStats, dict[str, list[int]]]:
 
 
 def _blend(own: LinearStats, pooled: LinearStats, t: float) -> LinearStats:
-    guided = None if own.guided is None else t * own.guided + (1 - t) * pooled.guided
+    guided = None if own.guided is None or pooled.guided is None else t * own.guided + (1 - t) * pooled.guided
     return LinearStats(
         t * own.hessian + (1 - t) * pooled.hessian,
         own.tokens,

@@ -8,8 +8,6 @@ underflow.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,15 +21,7 @@ from mobie.errors import DataError
 from mobie.methods.base import Method
 from mobie.models.base import Adapter
 from mobie.packing.checkpoint import read_tensors, save_tensors
-
-
-def content_digest(tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> str:
-    """SHA-256 of names, shapes, types and bytes of tensors, and of JSON values."""
-    hashed = hashlib.sha256(json.dumps(dict(notes or {}), sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return hashed.hexdigest()
+from mobie.sealed import content_digest
 
 
 class _LayerGradients:
@@ -51,6 +41,7 @@ class _LayerGradients:
         self._offset = offset
 
     def inputs(self, projection: str, expert: int, x: Tensor, token: Tensor, slot: Tensor) -> None:
+        assert self.top_k_index is not None  # there are experts
         self.top_k_index[token + self._offset, slot] = expert
 
     def outputs(self, projection: str, expert: int, z: Tensor, token: Tensor, slot: Tensor) -> None:
@@ -79,7 +70,7 @@ def token_weights(
     adapter: Adapter,
     method: Method,
     batches: list[Tensor],
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[TokenWeights]:
     """Token weights of every block; `batches` are token ids `(sequences, length)` in calibration order."""
     total = sum(b.numel() for b in batches)
@@ -141,12 +132,13 @@ def load_checked(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[
     tensors, metadata = read_tensors(path)
     if metadata.get("fingerprint") != fingerprint:
         return None
-    if content_digest(tensors, metadata.get("notes", {})) != metadata.get("sha256"):
+    notes = metadata.get("notes")
+    if not isinstance(notes, dict) or content_digest(tensors, notes) != metadata.get("sha256"):
         raise DataError(
             f"{path}: its content is not what was written, expected that of the hash in its header; delete it and run "
             "the same command again"
         )
-    return tensors, metadata["notes"]
+    return tensors, notes
 
 
 def load_token_weights(path: Path, fingerprint: str) -> TokenWeights | None:

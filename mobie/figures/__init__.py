@@ -84,6 +84,7 @@ def write_figure(name: str, results: Results) -> list[Path]:
         StorageError: the system refused to write.
     """
     from mobie.figures.figure import to_csv
+    from mobie.figures.seal import seal_svg
     from mobie.figures.style import picture
     from mobie.storage import write_bytes, write_text
 
@@ -92,7 +93,8 @@ def write_figure(name: str, results: Results) -> list[Path]:
     paths = []
     for suffix in ("svg", "pdf", "png"):
         paths.append(results.layout.figure(name, suffix))
-        write_bytes(paths[-1], picture(figure, data, suffix))
+        drawn = picture(figure, data, suffix)
+        write_bytes(paths[-1], seal_svg(drawn) if suffix == "svg" else drawn)
     paths.append(results.layout.figure(name, "csv"))
     write_text(paths[-1], to_csv(data))
     return paths

@@ -60,7 +60,7 @@ def _blocks(results: Results, model: Model, method: str, panel: str) -> tuple[li
     missing = record_hole(results, model, method, "quantize", "bits_stored", **keys)
     if missing is not None:
         return [], missing
-    return results.record(model, method, "quantize").details["blocks"], None
+    return results.details(model, method, "quantize")["blocks"], None
 
 
 def _known(y: float, **keys: Any) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def bits_rows(results: Results, model: Model) -> Iterator[dict[str, Any]]:
         if missing is not None:
             yield missing
             continue
-        components = results.record(model, method, "quantize").details.get("bits_by_component")
+        components = results.details(model, method, "quantize").get("bits_by_component")
         if not components:
             yield _lacking("bits by component", keys)
             continue
@@ -109,7 +109,7 @@ def token_rows(results: Results, model: Model) -> Iterator[dict[str, Any]]:
         if missing is not None:
             yield missing
             continue
-        counts = results.record(model, method, "routing").details.get("tokens_per_expert")
+        counts = results.details(model, method, "routing").get("tokens_per_expert")
         if counts is None:
             yield _lacking("tokens per expert", keys)
             continue

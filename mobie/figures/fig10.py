@@ -68,7 +68,7 @@ def _rows(results: Results, model: Model, text: str, backbone: str, end: str) ->
 
 def per_cent(ratio: Cell) -> Cell:
     """A log ratio as a change in per cent, its standard error carried along (delta method)."""
-    if ratio.value is None:
+    if ratio.value is None or ratio.stderr is None:
         return ratio
     factor = math.exp(ratio.value)
     return Cell(100 * (factor - 1), 100 * factor * ratio.stderr, ratio.n, record=ratio.record)

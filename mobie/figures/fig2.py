@@ -15,12 +15,14 @@ METHOD, PROJECTION = "mobie", "gate"
 STAGES = {"before": "W", "after": "V", "after_binarized": "binarized V"}
 WIDE = 0.15  # share of the figure's width that a panel needs for both numbers on one line
 MEAN, LINE = "mean over pairs of experts", "expert"
+Panel = tuple[str, int, str]  # model, layer, stage
 
 
 def collect(results: Results) -> FigureData:
     """CKA matrices of the gate projections of the first, middle and last MoE layer, and their means over pairs."""
     models = results.models("fig2")
-    rows, arrays = [], {}
+    rows: list[dict[str, Any]] = []
+    arrays: dict[Panel, Any] = {}
     for model in models:
         found, matrices = _model(results, model)
         rows += found
@@ -40,14 +42,14 @@ def collect(results: Results) -> FigureData:
     )
 
 
-def _model(results: Results, model: Model) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
+def _model(results: Results, model: Model) -> tuple[list[dict[str, Any]], dict[Panel, Any]]:
     """Rows of a model, and `(model, layer, stage)` → matrix."""
     hole = record_hole(results, model, METHOD, "cka", "before", model=model.label, series=MEAN, config=METHOD)
     if hole is not None:
         return [hole], {}
     rows: list[dict[str, Any]] = []
-    arrays = {}
-    for name, stages in sorted(results.record(model, METHOD, "cka").details["matrices"].items(), key=_layer):
+    arrays: dict[Panel, Any] = {}
+    for name, stages in sorted(results.details(model, METHOD, "cka")["matrices"].items(), key=_layer):
         layer, projection = _layer((name, None)), name.partition(".")[2]
         if projection != PROJECTION:
             continue
@@ -76,7 +78,7 @@ def draw(data: FigureData) -> Figure:
 
     models = list(dict.fromkeys(row["model"] for row in data.rows))
     layers = {model: sorted({layer for name, layer, _ in data.arrays if name == model}) for model in models}
-    columns = [(model, layer) for model in models for layer in layers[model] or [None]]
+    columns = [(model, layer) for model in models for layer in layers[model] or (None,)]
     widths = [3 if layer is None else 1 for _, layer in columns]
     size = min(1.45, (style.FULL - 1.2) / sum(widths))
     height = 3 * size + 0.9 if data.arrays else 1.5

@@ -40,13 +40,12 @@ def _model(results: Results, model: Model) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for method in METHODS:
         name = results.method(method).label
-        keys = {"model": model.label, "series": name, "config": method, "panel": name}
+        keys: dict[str, Any] = {"model": model.label, "series": name, "config": method, "panel": name}
         gap = record_hole(results, model, method, "routing", "similarity", **keys)
         if gap is not None:
             rows.append(gap)
             continue
-        record = results.record(model, method, "routing")
-        found = record.details.get("map")
+        found = results.details(model, method, "routing").get("map")
         if found is None:
             rows.append(hole("missing", "the record has no map of tokens", **keys))
             continue

@@ -96,11 +96,10 @@ def _memory(results: Results, model: Model) -> Iterator[dict[str, Any]]:
             bits = _bits(results, model, method)
             found = _bytes(results, model, method, series)
             keys = _keys(results, model, method, MEMORY, series) | {"x": bits.value, "bytes": found.value}
-            gap = next((cell for cell in (found, reference) if cell.value is None), None)
-            if gap is None:
-                yield point(found, **keys | {"y": 100 * found.value / reference.value})
+            if found.value is None or reference.value is None:
+                yield point(found if found.value is None else reference, **keys)
             else:
-                yield point(gap, **keys)
+                yield point(found, **keys | {"y": 100 * found.value / reference.value})
 
 
 def _bytes(results: Results, model: Model, method: str, series: str) -> Cell:
@@ -108,11 +107,11 @@ def _bytes(results: Results, model: Model, method: str, series: str) -> Cell:
     if series == RUNNING:
         return results.cell(model, method, SPEED, "weight_bytes")
     stored = results.cell(model, method, "quantize", "bits_stored")
-    if stored.value is None:
+    if stored.value is None or stored.n is None:
         return stored
     if series == QUANTIZED:
         return Cell(stored.value * stored.n / 8, n=stored.n, record=stored.record)
-    size = results.record(model, method, "quantize").details["file_bytes"]
+    size = results.details(model, method, "quantize")["file_bytes"]
     return Cell(float(size), n=None, record=stored.record)
 
 
@@ -127,7 +126,7 @@ def _time(results: Results, model: Model, method: str) -> dict[str, Any]:
     gap = record_hole(results, model, method, "quantize", "bits_paper", **keys)
     if gap is not None:
         return gap
-    details = results.record(model, method, "quantize").details
+    details = results.details(model, method, "quantize")
     blocks = [block["cpu_seconds"] for block in details["blocks"]]
     if None in blocks:
         return hole("missing", READ_BACK, **keys)
@@ -241,8 +240,8 @@ def _draw_time(axes: Axes, rows: list[Any]) -> list[Any]:
     axes.xaxis.set_major_locator(MaxNLocator(4))
     if chance := next((row["chance"] for row in values if row["chance"] is not None), None):
         axes.axhline(chance, color=style.GREY, linestyle=(0, (4, 3)), linewidth=0.8, zorder=1.2, label="chance")
-    for number, model in enumerate(models if len(models) > 1 else [], start=1):
-        axes.plot([], [], linestyle="none", marker=f"${number}$", color=style.BLACK, markeredgewidth=0.2, label=model)
+    for place, model in enumerate(models if len(models) > 1 else [], start=1):
+        axes.plot([], [], linestyle="none", marker=f"${place}$", color=style.BLACK, markeredgewidth=0.2, label=model)
     return [row | {"series": f"{row['series']}, {row['model']}"} for row in rows if row["y"] is None]
 
 

@@ -39,7 +39,7 @@ class FigureData:
     caption: str
     rows: tuple[Row, ...]
     facts: tuple[str, ...] = ()
-    arrays: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[Any, Any] = field(default_factory=dict)
 
     @property
     def heading(self) -> str:

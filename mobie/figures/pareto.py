@@ -101,7 +101,7 @@ def _model_rows(
 
 def _row(value: Cell, stored: Cell, printed: Cell, keys: dict[str, Any]) -> dict[str, Any]:
     if stored.value is None:  # without its bits a value has no place
-        return hole(stored.status, stored.reason, **keys) | {"record": stored.record}
+        return hole(stored.status, stored.reason or "", **keys) | {"record": stored.record}
     at_chance = value.at_chance if value.value is not None else None
     return point(value, x=stored.value, bits_paper=printed.value, at_chance=at_chance, **keys)
 
@@ -267,8 +267,8 @@ def _place_numbers(axes: Axes, rows: Sequence[Any]) -> None:
         return
     limit = _limit(rows, PANELS[rows[0]["panel"]][1])
     spots = [tuple(axes.transData.transform((row["x"], min(row["y"], limit)))) for row in rows]
-    taken = [_Box(*spot, 5 * pixel, 5 * pixel) for spot in spots]
-    taken += [_Box(*spot, 2 * pixel, _bar_height(axes, row)) for row, spot in zip(rows, spots, strict=True)]
+    taken = [_Box(x, y, 5 * pixel, 5 * pixel) for x, y in spots]
+    taken += [_Box(x, y, 2 * pixel, _bar_height(axes, row)) for row, (x, y) in zip(rows, spots, strict=True)]
     frame = axes.get_window_extent()
     for row, spot in zip(rows, spots, strict=True):
         text = str(row["number"]) + (f" (↑ {row['y']:.0f})" if row["y"] > limit else "")
@@ -302,7 +302,7 @@ def _free_place(
 ) -> _Box:
     """The nearest box around a spot that overlaps nothing, in a fixed order of directions; else the least bad one."""
     left, bottom, right, top = frame
-    candidates = []
+    candidates: list[Any] = []
     for reach in (1.0, 2.2, 3.4, 4.6):
         for across, up in DIRECTIONS:
             x = spot[0] + across * (3.4 * pixel + size[0] / 2) * reach

@@ -26,10 +26,10 @@ from mobie.storage import write_text
 REFERENCE = "fp16"
 CARD = "README.md"
 MANIFEST = "manifest.json"
-SCORES = ("perplexity", "tasks", "hard")
+SCORES = ("perplexity", "tasks", "hard", "code")
 #: kinds that a card misses where they are not measured; others appear once there is a record
 EXPECTED = ("perplexity", "tasks")
-TITLES = {"perplexity": "Perplexity", "tasks": "Zero-shot tasks", "hard": "Harder tasks"}
+TITLES = {"perplexity": "Perplexity", "tasks": "Zero-shot tasks", "hard": "Harder tasks", "code": "Programs"}
 COMPONENTS = {
     "experts": "experts",
     "shared_experts": "shared experts",
@@ -148,8 +148,9 @@ def _settings(keys: Keys, record: Record, method: MethodConfig) -> str:
 
 def _ledger(model: ModelConfig, record: Record) -> str:
     details = record.details
-    totals = {kind: record.measurement(f"bits_{kind}").value for kind in ("paper", "codes", "stored")}
-    weights = record.measurement("bits_stored").n
+    bits = {measurement.name: measurement for measurement in record.measurements}
+    totals = {kind: bits[f"bits_{kind}"].value for kind in ("paper", "codes", "stored")}
+    weights = bits["bits_stored"].n
     rows = [
         (COMPONENTS.get(name, name), f"{own['weights']:,}", *_bits(own), f"{own['stored'] * own['weights'] / 8:,.0f}")
         for name, own in details["bits_by_component"].items()
@@ -196,11 +197,11 @@ def _score(keys: Keys, kind: str, manifest: str) -> str:
     if kind == "perplexity":
         rows = [(m.name.removesuffix(".perplexity"), _value(m), _of(reference, m.name), f"{m.n:,}") for m in shown]
         return _table(("text", "perplexity", "in 16 bits", "tokens"), rows)
-    rows = [(m.name, _share(m), _of(reference, m.name), _chance(m), f"{m.n:,}") for m in shown]
+    accuracies = [(m.name, _share(m), _of(reference, m.name), _chance(m), f"{m.n:,}") for m in shown]
     note = ""
     if any(_cell(m).at_chance for m in shown):
         note = "\nValues marked *at chance* are not above guessing by more than two standard errors.\n"
-    return _table(("task", "accuracy", "in 16 bits", "chance", "items"), rows) + note
+    return _table(("task", "accuracy", "in 16 bits", "chance", "items"), accuracies) + note
 
 
 def _record_of(path: Path, manifest: str) -> Record | None:
@@ -260,4 +261,4 @@ def _provenance(keys: Keys, record: Record) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '∣') for cell in row)} |\n" for row in lines)
+    return "".join(f"| {' | '.join(cell.replace('|', '∣').replace('<', '&lt;') for cell in row)} |\n" for row in lines)

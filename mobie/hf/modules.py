@@ -232,19 +232,20 @@ def pack_block(adapter: Any, module: nn.Module, packed: PackedBlock) -> None:
     The dtype of dense weights is that of the parameters that go; buffers stay on the device of the packed tensors.
     A Linear that is stored in 16 bits stays an ordinary one, with that weight.
     """
-    router, experts = adapter.router(module), adapter.experts_module(module)
+    router: Any = adapter.router(module)
+    experts: Any = adapter.experts_module(module)
     for name, part in packed.linears.items():
         if isinstance(part, Dense16):  # stored as the parameter that it is
             linear = module.get_submodule(name)
             linear.weight = nn.Parameter(part.dequantize(linear.weight.dtype), requires_grad=False)
         elif name == adapter.architecture.router:
-            _become(router, packed_router_class(type(router)), {"": part}, ["weight"])
+            _become(router, packed_router_class(router.__class__), {"": part}, ["weight"])
         else:
             linear = module.get_submodule(name)
             parent, _, last = name.rpartition(".")
             setattr(module.get_submodule(parent), last, PackedLinear(part, linear.bias, linear.weight.dtype))
     if packed.experts:
-        _become(experts, packed_experts_class(type(experts)), packed.experts, EXPERT_PARAMETERS)
+        _become(experts, packed_experts_class(experts.__class__), packed.experts, EXPERT_PARAMETERS)
 
 
 def pack_model(model: nn.Module, adapter: Any, blocks: Sequence[PackedBlock]) -> None:

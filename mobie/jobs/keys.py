@@ -17,9 +17,13 @@ from mobie.config import (
     load_suite,
 )
 from mobie.errors import ConfigError, DataError, unknown_name
+from mobie.parsing import parse_json
 from mobie.paths import Layout, embedded_model
 from mobie.provenance import digest, file_hash
 from mobie.sources import Source, fetch, load_sources
+from mobie.storage import unsealed, write_text
+
+CHECKSUMS = "SHA256SUMS"  # beside the files of an embedded model
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Keys:
 
     @property
     def calibration_config(self) -> Calibration:
-        """The model's calibration with the method's changes."""
-        calibration = self.model_config.calibration
+        """The model's calibration with the changes of the suite, then of the method."""
+        calibration = self.suite_config.applied_to(self.model_config).calibration
         return self.method_config.calibration.apply(calibration) if self.method else calibration
 
     @property
@@ -77,18 +81,61 @@ def model_files(name: str, model: ModelConfig, layout: Layout) -> list[Path]:
     return [embedded_model(model.repo) / file for file in ("config.json", "model.safetensors", "tokenizer.json")]
 
 
-def model_folder(keys: Keys) -> Path:
-    """Folder of the full-precision model. Raises `DataError` where it is not there."""
+def write_checksums(folder: Path) -> Path:
+    """List the files of an embedded model with their hashes, as `sha256sum --check` reads them."""
+    files = sorted(file for file in folder.iterdir() if file.name != CHECKSUMS)
+    path = folder / CHECKSUMS
+    write_text(path, "".join(f"{file_hash(file)}  {file.name}\n" for file in files))
+    return path
+
+
+def _checksums(keys: Keys) -> tuple[Path, dict[str, str]]:
+    """The file that says what the files of a model must be, and their hashes by name.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
     model = keys.model_config
+    if model.source == "hub":
+        path = keys.layout.hub_model_stamp(keys.model)
+        try:
+            return path, dict(unsealed(parse_json(path.read_bytes()))["files"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a readable stamp of a model ({error}); {_model_remedy(keys)}") from error
+    path = embedded_model(model.repo) / CHECKSUMS
+    try:
+        lines = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+        return path, {name: checksum for checksum, name in lines}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable list of hashes ({error}); {_model_remedy(keys)}") from error
+
+
+def _model_remedy(keys: Keys) -> str:
+    if keys.model_config.source == "hub":
+        return f"run `python -m mobie fetch --model {keys.model}`"
+    return "restore it from the repository, or make it with `snakemake --cores all train_nano`"
+
+
+def model_folder(keys: Keys, *, weights: bool = False) -> Path:
+    """Folder of the full-precision model, compared with the hashes known of it; with its weights only if asked.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    model = keys.model_config
+    folder = keys.layout.hub_model(keys.model) if model.source == "hub" else embedded_model(model.repo)
     for file in model_files(keys.model, model, keys.layout):
         if not file.is_file():
-            remedy = (
-                f"run `python -m mobie fetch --model {keys.model}`"
-                if model.source == "hub"
-                else "restore it from the repository, or make it with `snakemake --cores all train_nano`"
-            )
-            raise DataError(f"{file}: no such file; expected the model {keys.model}; {remedy}")
-    return keys.layout.hub_model(keys.model) if model.source == "hub" else embedded_model(model.repo)
+            raise DataError(f"{file}: no such file; expected the model {keys.model}; {_model_remedy(keys)}")
+    listed, checksums = _checksums(keys)
+    for name, expected in checksums.items():
+        if weights or not name.endswith(".safetensors"):
+            got = file_hash(folder / name)
+            if got != expected:
+                raise DataError(
+                    f"{folder / name}: sha256 {got}, expected {expected} as in {listed.name}; {_model_remedy(keys)}"
+                )
+    return folder
 
 
 def model_hash(keys: Keys) -> str:

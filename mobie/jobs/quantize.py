@@ -28,7 +28,7 @@ def quantize_job(keys: Keys, *, progress: bool) -> Record:
 
     config = keys.method_config
     method = build_method(config.method, config.options)
-    folder = model_folder(keys)
+    folder = model_folder(keys, weights=True)
     tokens, _ = load_tokens(keys.calibration)
     code = quantize_code(config.method)
     inputs = {"model": model_hash(keys), "calibration": file_hash(keys.calibration)}

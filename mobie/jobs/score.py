@@ -13,7 +13,7 @@ from mobie.errors import ConfigError, DataError, unknown_name
 from mobie.hf.card import refresh_cards
 from mobie.jobs.attempt import attempt
 from mobie.jobs.data import read_windows
-from mobie.jobs.keys import Keys, find_source
+from mobie.jobs.keys import Keys, checked_source, find_source
 from mobie.jobs.stale import score_code
 from mobie.provenance import collect, digest, file_hash
 from mobie.records import Measurement, Record, read_record, write_record
@@ -51,7 +51,7 @@ def score_job(keys: Keys, kind: str) -> Record:
     blocker = next((hole for method in _needed(keys, kind) if (hole := hole_of(keys, method)) is not None), None)
     if blocker is not None:
         protocol = digest([part.digest() for part in _protocols(keys, kind)])
-        record = _record(keys, kind, protocol, status="skipped", reason=blocker)
+        record = make_record(keys, kind, protocol, status="skipped", reason=blocker)
     else:
         job = JOBS[kind](keys)
         outcome = attempt(job.measure, keys.record(kind))
@@ -60,7 +60,7 @@ def score_job(keys: Keys, kind: str) -> Record:
         bad = [m.name for m in scores.measurements if not math.isfinite(m.value)]
         if bad:
             status, reason = "failed", f"{', '.join(bad)}: not finite"
-        record = _record(
+        record = make_record(
             keys,
             kind,
             job.protocol,
@@ -75,7 +75,8 @@ def score_job(keys: Keys, kind: str) -> Record:
     return record
 
 
-def _record(keys: Keys, kind: str, protocol: str, **values: Any) -> Record:
+def make_record(keys: Keys, kind: str, protocol: str, **values: Any) -> Record:
+    """A record under a job's keys."""
     return Record(
         kind=kind,
         suite=keys.suite,
@@ -105,7 +106,7 @@ def _protocols(keys: Keys, kind: str) -> Sequence[Any]:
 
 def checkpoint_of(keys: Keys, method: str) -> tuple[Path, str]:
     """Folder and manifest hash of a checkpoint; refused where it is not the one that was recorded."""
-    from mobie.packing.checkpoint import MANIFEST
+    from mobie.packing.checkpoint import MANIFEST, read_manifest
 
     folder = keys.layout.checkpoint(keys.suite, keys.model, method, keys.seed)
     path = keys.layout.record(keys.suite, keys.model, method, keys.seed, "quantize")
@@ -115,10 +116,12 @@ def checkpoint_of(keys: Keys, method: str) -> tuple[Path, str]:
             f"{folder / MANIFEST}: sha256 {got}, expected {expected} as in {path}; the checkpoint was changed: "
             "run the quantize rule again"
         )
+    read_manifest(folder, weights=False)  # the weights are compared when they are loaded
     return folder, got
 
 
-def _load(folder: Path, dtype: str) -> tuple[Any, Any]:
+def load(folder: Path, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint, on the GPU where there is one."""
     import torch
 
     from mobie.packing.checkpoint import load_model
@@ -141,7 +144,7 @@ def _perplexity(keys: Keys) -> Job:
         from mobie.scoring.perplexity import perplexity
 
         dtypes = {part.dtype for part in protocols}
-        models = {dtype: _load(folder, dtype)[0] for dtype in sorted(dtypes)}
+        models = {dtype: load(folder, dtype)[0] for dtype in sorted(dtypes)}
         scores = {
             part.text: perplexity(models[part.dtype], found, part)
             for part, found in zip(protocols, windows, strict=True)
@@ -173,18 +176,23 @@ def _tasks(keys: Keys) -> Job:
     def measure() -> Scores:
         from mobie.scoring.tasks import tasks
 
-        scores = tasks(*_load(folder, protocol.dtype), protocol, group, mirror)
+        scores = tasks(*load(folder, protocol.dtype), protocol, group, mirror)
         return Scores(scores.measurements, {"answers": scores.answers, "items": scores.items})
 
     return Job("tasks", digest([protocol.digest()]), inputs | {"checkpoint": manifest}, measure)
 
 
 def _benchmark_files(keys: Keys, group: str, sources: Sequence[Source]) -> tuple[Path, Path, dict[str, str]]:
-    """File of a group of tasks, folder of their data, and hashes of both."""
+    """File of a group of tasks, folder of their data, and hashes of both. Raises `DataError` for damaged data."""
+    from mobie.data.mirror import check_mirror
+
     file = keys.layout.config / "lm_eval" / f"{group}.yaml"
     inputs = {"group": digest(read_yaml(file))}
     if uses_mirror(sources):
+        check_mirror(keys.layout.mirror_stamp, keys.layout.mirror)
         return file, keys.layout.mirror, inputs | {"mirror": file_hash(keys.layout.mirror_stamp)}
+    for source in sources:
+        checked_source(source.name, keys.layout)
     return file, keys.layout.hub_data, inputs | {source.name: source.version for source in sources}
 
 
@@ -220,7 +228,7 @@ def _hard(keys: Keys) -> Job:
     def measure() -> Scores:
         from mobie.scoring.hard import hard
 
-        scores = hard(*_load(folder, protocol.dtype), protocol, group, mirror)
+        scores = hard(*load(folder, protocol.dtype), protocol, group, mirror)
         details = {
             "answers": scores.answers,
             "items": scores.items,
@@ -243,10 +251,10 @@ def _routing(keys: Keys) -> Job:
     def measure() -> Scores:
         from mobie.scoring.routing import compare_routing, record_routing, routing_details, top_k
 
-        model, tokenizer = _load(reference, protocol.dtype)
+        model, tokenizer = load(reference, protocol.dtype)
         experts, expected = top_k(model), record_routing(model, windows, protocol)
         del model  # one model in memory at a time
-        got = record_routing(_load(folder, protocol.dtype)[0], windows, protocol)
+        got = record_routing(load(folder, protocol.dtype)[0], windows, protocol)
         details = routing_details(expected, got, experts, windows, tokenizer)
         return Scores(compare_routing(expected, got, experts), details)
 
@@ -265,7 +273,7 @@ def _shift(keys: Keys) -> Job:
         from mobie.scoring.shift import shift
 
         found = shift(
-            lambda: _load(reference, protocol.dtype)[0], lambda: _load(folder, protocol.dtype)[0], windows, protocol
+            lambda: load(reference, protocol.dtype)[0], lambda: load(folder, protocol.dtype)[0], windows, protocol
         )
         return Scores(found.measurements, {"replay": protocol.replay, "window_nll": found.window_nll})
 
@@ -299,7 +307,7 @@ def _generations(keys: Keys) -> Job:
     def measure() -> Scores:
         from mobie.scoring.generations import generations
 
-        measurements, samples = generations(*_load(folder, protocol.dtype), prompts, protocol)
+        measurements, samples = generations(*load(folder, protocol.dtype), prompts, protocol)
         return Scores(measurements, {"samples": [sample.as_dict() for sample in samples]})
 
     inputs = {"checkpoint": manifest, "prompts": file_hash(PROMPTS)}

@@ -15,7 +15,7 @@ from mobie.errors import ConfigError
 from mobie.jobs.attempt import attempt
 from mobie.jobs.data import read_windows, windows_path
 from mobie.jobs.keys import Keys, model_folder, model_hash
-from mobie.jobs.score import REFERENCE, Scores, checkpoint_of, hole_of
+from mobie.jobs.score import REFERENCE, Scores, checkpoint_of, hole_of, make_record
 from mobie.jobs.stale import speed_code
 from mobie.provenance import collect, digest
 from mobie.records import Measurement, Record, Status
@@ -160,15 +160,7 @@ def speed_lines(record: Record) -> list[str]:
 
 
 def _record(keys: Keys, protocol: SpeedProtocol, **values: Any) -> Record:
-    return Record(
-        kind=KIND,
-        suite=keys.suite,
-        model=keys.model,
-        method=keys.method,
-        seed=keys.seed,
-        protocol=digest([protocol.digest()]),
-        **values,
-    )
+    return make_record(keys, KIND, digest([protocol.digest()]), **values)
 
 
 def _no_gpu(keys: Keys, options: Options) -> str | None:

@@ -23,6 +23,11 @@ SCORERS = {
     "cka": ("mobie.scoring.cka",),
     "generations": ("mobie.scoring.generations",),
 }
+#: threads, seeds and algorithms of every job that computes
+SETTINGS = "mobie.determinism"
+#: code behind the programs that a model writes, and behind the verdicts on them
+WRITTEN = ("mobie.packing.checkpoint", "mobie.data.problems", "mobie.scoring.code.generate")
+JUDGED = ("mobie.data.problems", "mobie.scoring.code.score", "mobie.sandbox")
 #: code behind a timing; kernels are imported by name at run time, so they are listed
 TIMED = (
     *("mobie.speed.measure", "mobie.speed.quality", "mobie.speed.block"),
@@ -47,11 +52,12 @@ def _registered_name(node: ast.stmt) -> str | None:
     if not isinstance(node, ast.ClassDef) or "register" not in {getattr(d, "id", None) for d in node.decorator_list}:
         return None
     for statement in node.body:
-        target = statement.target if isinstance(statement, ast.AnnAssign) else None
-        if isinstance(statement, ast.Assign):
-            target = statement.targets[0]
-        if getattr(target, "id", None) == "name" and isinstance(statement.value, ast.Constant):
-            return statement.value.value
+        if not isinstance(statement, ast.Assign | ast.AnnAssign):
+            continue
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+        value = statement.value.value if isinstance(statement.value, ast.Constant) else None
+        if isinstance(target, ast.Name) and target.id == "name" and isinstance(value, str):
+            return value
     return None
 
 
@@ -60,31 +66,41 @@ def quantize_code(method: str) -> str:
     modules = method_modules()
     if method not in modules:
         raise ConfigError(unknown_name("method", method, modules))
-    return code_hash(["mobie.pipeline", modules[method]])
+    return code_hash([SETTINGS, "mobie.pipeline", modules[method]])
 
 
 def gradient_code() -> str:
     """Digest of the code that computes loss gradients and guided Hessians; no method is in it."""
-    return code_hash(["mobie.pipeline"])
+    return code_hash([SETTINGS, "mobie.pipeline"])
 
 
 def score_code(kind: str) -> str:
     """Digest of the code behind a kind of score."""
-    return code_hash(["mobie.packing.checkpoint", *SCORERS[kind]])
+    return code_hash([SETTINGS, "mobie.packing.checkpoint", *SCORERS[kind]])
+
+
+def code_samples_code() -> str:
+    """Digest of the code that lets a model write programs."""
+    return code_hash([SETTINGS, *WRITTEN])
+
+
+def code_code() -> str:
+    """Digest of the code that judges programs."""
+    return code_hash(JUDGED)
 
 
 def speed_code() -> str:
     """Digest of the code that times models: kernels, runner and what makes random weights."""
     kernels = [path for path in sorted((PACKAGE / "kernels").rglob("*.cpp"))]
-    return digest([code_hash(TIMED), {path.name: file_hash(path) for path in kernels}])
+    return digest([code_hash([SETTINGS, *TIMED]), {path.name: file_hash(path) for path in kernels}])
 
 
 def calibrate_code() -> str:
-    return code_hash(["mobie.calibration.tokens", "mobie.data.texts"])
+    return code_hash([SETTINGS, "mobie.calibration.tokens", "mobie.data.texts"])
 
 
 def windows_code() -> str:
-    return code_hash(["mobie.scoring.windows", "mobie.data.texts"])
+    return code_hash([SETTINGS, "mobie.scoring.windows", "mobie.data.texts"])
 
 
 def mirror_code() -> str:

@@ -246,9 +246,14 @@ def read_budget(path: Path = FILE) -> dict[tuple[str, int], Figures]:
     """The checked-in figures by variant and compute capability."""
     if not path.exists():
         raise DataError(f"{path} is missing; write it with `python -m mobie kernels --write`")
+    remedy = "restore it, or write it with `python -m mobie kernels --write`"
     types = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Figures)}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [Figures(**{name: types[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file, strict=True))
+        rows = [Figures(**{name: types[name](value) for name, value in line.items()}) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise DataError(f"{path}: not a table of figures of kernels ({error!r}); {remedy}") from error
     return {(row.variant, row.capability): row for row in rows}
 
 

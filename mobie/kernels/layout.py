@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from mobie.errors import UnsupportedError
-from mobie.packing.bank import GATE_UP, PackedBank, SymmetricRows
+from mobie.packing.bank import GATE_UP, PackedBank, Side, SymmetricRows
 from mobie.packing.base import Packed
 from mobie.packing.binary import BinaryMatrix, Segment
 from mobie.packing.dense import Dense16
@@ -32,14 +32,12 @@ EXTRA_STEP = 32  # the number of second-order columns is rounded up to a multipl
 BYTE = 8
 ACTIVATION = "silu"  # the one activation that the kernels have
 
-Side = Literal["left", "right"]
-
 
 def _map_tensors(value: Any, device: torch.device | str) -> Any:
     """`value` on another device: tensors, and dataclasses of tensors; anything else as it is."""
     if isinstance(value, Tensor):
         return _move(value, device)
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: _map_tensors(getattr(value, f.name), device) for f in fields(value)})
     return value
 
@@ -267,7 +265,8 @@ def _gate_and_up(packed: Mapping[str, Packed]) -> tuple[BinaryBank, Panel | None
     gate, up = _require_bank(packed["gate"]), _require_bank(packed["up"])
     if gate.side != up.side or (gate.basis is None) != (up.basis is None):
         raise UnsupportedError("gate and up with bases on different sides; the kernels read both from one launch")
-    basis = None if gate.basis is None else _stack_panels([_panel(gate.basis), _panel(up.basis)])
+    bases = [_panel(each.basis) for each in (gate, up) if each.basis is not None]
+    basis = _stack_panels(bases) if bases else None
     return _stack_bank([gate.experts, up.experts]), basis, gate.side
 
 
@@ -311,22 +310,26 @@ def _why_no_bank(matrix: Packed) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def _require_fitting(matrix: Packed) -> BinaryMatrix:
+    reason = _why_no_bank(matrix)
+    if reason is not None or not isinstance(matrix, BinaryMatrix):
+        raise UnsupportedError(
+            f"experts {reason}; the grouped kernels read binary matrices with one group, no mean, a residual "
+            f"second order (MoBiE's) and scale blocks of a multiple of {GROUP} columns"
+        )
+    return matrix
+
+
 def _stack_bank(parts: Sequence[Sequence[Packed]]) -> BinaryBank:
     """Bank of `parts[p][e]`."""
-    for matrix in (matrix for experts in parts for matrix in experts):
-        reason = _why_no_bank(matrix)
-        if reason is not None:
-            raise UnsupportedError(
-                f"experts {reason}; the grouped kernels read binary matrices with one group, no mean, a residual "
-                f"second order (MoBiE's) and scale blocks of a multiple of {GROUP} columns"
-            )
-    first: BinaryMatrix = parts[0][0]
-    shapes = {matrix.shape for experts in parts for matrix in experts}
-    sizes = {matrix.block_size for experts in parts for matrix in experts}
+    matrices = [_require_fitting(matrix) for experts in parts for matrix in experts]
+    first = matrices[0]
+    shapes = {matrix.shape for matrix in matrices}
+    sizes = {matrix.block_size for matrix in matrices}
     if len(shapes) > 1 or len(sizes) > 1:
         raise UnsupportedError("experts, or gate and up, of different shapes; the kernels read them as one bank")
     padded = -(-first.size[1] // GROUP) * GROUP
-    most = max(len(matrix.salient) for experts in parts for matrix in experts)
+    most = max(len(matrix.salient) for matrix in matrices)
     extra = -(-most // EXTRA_STEP) * EXTRA_STEP
 
     def stack(tensor_of: Any) -> Tensor:  # (experts, parts, ...)

@@ -202,7 +202,7 @@ def block_cases(config: Any, device: str, dtype: torch.dtype) -> list[Case]:
     block = adapter.blocks(model)[-1]
     tensors = RandomTensors(device, 0)
     packed = random_block(adapter, block, MoBiE(), tensors)
-    experts, router = adapter.experts_module(block), adapter.router(block)
+    experts, router = block.get_submodule(adapter.architecture.experts), adapter.moe_router(block)
     hidden, top_k = config.hidden_size, router.top_k
 
     def dense(*shape: int) -> Tensor:
@@ -252,6 +252,7 @@ def _bases(layout: ExpertsLayout, top_k: int, dense: Dense) -> Iterator[Case]:
     from mobie.kernels.triton_ops import panel
 
     gate_up, down = layout.gate_up_basis, layout.down_basis
+    assert gate_up is not None and down is not None  # MoBiE's
     for tokens, activations in itertools.product((FEW, MANY), ("16bit", "int8")):
         pairs, how = tokens * top_k, {"activations": activations}
         x, weights = dense(pairs, 2, gate_up.codes.shape[2]), dense(pairs).float()

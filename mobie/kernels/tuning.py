@@ -17,9 +17,9 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import torch
-import yaml
 
 from mobie.errors import ConfigError, unknown_name
+from mobie.parsing import parse_yaml
 
 FOLDER = Path(__file__).parent / "tuning"
 DEFAULT = FOLDER / "default.yaml"
@@ -129,8 +129,8 @@ def read_table(path: Path) -> Table:
     """
     remedy = "; correct it, or delete it and run `python -m mobie tune`"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a table of tile sizes: {error}{remedy}") from error
     if not isinstance(content, Mapping) or set(content) != {"gpu", "measured", "kernels"}:
         raise ConfigError(f"{path}: expected the keys gpu, measured, kernels{remedy}")

@@ -110,7 +110,9 @@ def fit_row_column(weights: Tensor, second_group: Tensor | None, order: int, ite
         weights: `(out, n)`.
     """
     groups = Groups(weights, second_group)
-    rows, columns, signs = [], [], []
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
+    signs: list[Tensor] = []
 
     def scale(k: int) -> Tensor:  # (out, n)
         return groups.select(rows[k][..., None] * columns[k][:, None])
@@ -181,6 +183,7 @@ class ARB(BinaryMethod):
         """Refine the means and scales of both parts of a block `(out, n)` against its inputs."""
         directions, coefficients = [], []  # of each group: its members, then its signs; its mean, then its scales
         for fit, columns in ((plain, ~split.salient), (extra, split.salient)):
+            assert fit.mean is not None  # of `refine_means`
             for g, mask in enumerate(Groups(fit.signs[0], fit.second_group).masks):
                 terms = weights.new_zeros(1 + len(fit.signs), *weights.shape)
                 terms[..., columns] = torch.cat((mask[None], fit.signs * mask))
@@ -196,6 +199,7 @@ class ARB(BinaryMethod):
         refined = refine_on_inputs(
             torch.cat(directions), torch.cat(coefficients), targets, gram, coupled, self.iterations
         ).split(sizes)
+        assert plain.mean is not None
         count = plain.mean.shape[0]
         return _with_coefficients(plain, refined[:count]), _with_coefficients(extra, refined[count:])
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method, register
 from mobie.packing.bank import PackedBank
+from mobie.packing.base import Packed
 from mobie.packing.grid import (
     Grid,
     check_grid_options,
@@ -129,10 +130,10 @@ class AWQ(Method):
     def __post_init__(self) -> None:
         check_grid_options(self.name, self.bits, self.group_size)
 
-    def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Grid:
+    def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
         return self.quantize_group({"": weight}, {"": stats})[""]
 
-    def quantize_group(self, weights: Mapping[str, Tensor], stats: Mapping[str, LinearStats]) -> dict[str, Grid]:
+    def quantize_group(self, weights: Mapping[str, Tensor], stats: Mapping[str, LinearStats]) -> dict[str, Packed]:
         common = stats[next(iter(weights))]
         scale = search_scale(list(weights.values()), common.hessian, common.mean_abs, self.bits, self.group_size)
         gram = group_gram(common.sample, self.group_size)
@@ -170,5 +171,5 @@ class AWQ(Method):
         return encode(scaled, step, zero, self.bits, self.group_size), step, zero
 
     @property
-    def _layout(self) -> dict[str, float | int | None]:
+    def _layout(self) -> dict[str, Any]:
         return {"bits": self.bits, "group_size": self.group_size, "paper": float(self.bits)}

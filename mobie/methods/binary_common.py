@@ -18,7 +18,7 @@ and a mean is not scaled by column, so there β_c is stored by itself, 16 bits f
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -274,14 +274,14 @@ def border_errors(values: Tensor, borders: Tensor) -> Tensor:
         (count, total), (inner_count, inner_total) = everything(start), inside(start)
         return count - inner_count, total - inner_total
 
-    captured = 0
-    for side in (inside, outside):
+    def captured(side: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
         count, total = side(torch.zeros_like(first))
         mean = divide(total, count)
         count_above, total_above = side(torch.searchsorted(ordered, mean, right=True))
         deviation = divide(2 * (total_above - mean * count_above), count)
-        captured = captured + count * (mean.square() + deviation.square())
-    return ordered.square().sum() - captured.sum(0)
+        return count * (mean.square() + deviation.square())
+
+    return ordered.square().sum() - (captured(inside) + captured(outside)).sum(0)
 
 
 def search_salient(values: Tensor, saliency: Tensor, most: int) -> Tensor:

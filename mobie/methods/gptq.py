@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ class GPTQ(Method):
         return gptq(weight, hessian, self.bits, self.group_size, self.block_size, self.percdamp)
 
     @property
-    def _layout(self) -> dict[str, float | int | None]:
+    def _layout(self) -> dict[str, Any]:
         return {
             "bits": self.bits,
             "group_size": self.group_size,

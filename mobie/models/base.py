@@ -109,6 +109,13 @@ class Adapter:
         """The router of a block, with `weight (experts, hidden)` and `top_k`, or None in a dense block."""
         return None if self.experts_module(block) is None else _submodule(block, self.architecture.router)
 
+    def moe_router(self, block: nn.Module) -> nn.Module:
+        """The router of a block that has experts. Raises UnsupportedError for a dense block."""
+        router = self.router(block)
+        if router is None:
+            raise UnsupportedError("a dense block has no router; expected a block with experts")
+        return router
+
     def expert_bank(self, block: nn.Module) -> ExpertBank | None:
         """The experts of a block as float32 `(experts, out, in)`, or None in a dense block."""
         module = self.experts_module(block)
@@ -118,12 +125,12 @@ class Adapter:
         projections = {"gate": gate, "up": up, "down": module.down_proj.detach().float()}
         for name, weight in projections.items():
             require_finite(f"{self.architecture.experts}.{name}", weight)
-        return ExpertBank(projections, EXPERT_INPUTS, active=self.router(block).top_k)
+        return ExpertBank(projections, EXPERT_INPUTS, active=self.moe_router(block).top_k)
 
     @torch.no_grad()
     def write_experts(self, block: nn.Module, projections: Mapping[str, Tensor]) -> None:
         """Copy `gate`, `up` (or both as `gate_up`) and `down`, `(experts, out, in)`, into a block's parameters."""
-        module = self.experts_module(block)
+        module = block.get_submodule(self.architecture.experts)
         projections = split_gate_up(projections)
         module.gate_up_proj.copy_(torch.cat([projections["gate"], projections["up"]], dim=1))
         module.down_proj.copy_(projections["down"])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from mobie.errors import DataError
+from mobie.models import OWN_FILES
 from mobie.models.base import require_finite
+from mobie.parsing import parse_json
 
 
 def load_full_precision(folder: Path) -> nn.Module:
@@ -30,10 +31,11 @@ def load_full_precision(folder: Path) -> nn.Module:
             dtype=torch.float32,
             experts_implementation="eager",
             ignore_mismatched_sizes=True,  # they are refused below, with a message of our own
-            local_files_only=True,
+            use_safetensors=True,  # other weight files are pickles
             output_loading_info=True,
+            **OWN_FILES,
         )
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise DataError(
             f"{folder}: the model's weights cannot be read ({error}); expected complete safetensors files and "
             "config.json; delete the folder and fetch the model again"
@@ -52,7 +54,7 @@ def model_type(folder: Path) -> str:
     """What `config.json` calls the architecture. Raises `DataError` where there is no such file or entry."""
     path = folder / "config.json"
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
+        return str(parse_json(path.read_bytes())["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: no readable model configuration ({error}); expected a JSON object with `model_type`; delete the "
@@ -61,8 +63,14 @@ def model_type(folder: Path) -> str:
 
 
 def kept_dtype(model_folder: Path) -> torch.dtype:
-    """The 16-bit type of the model's files; bfloat16 for a model published in 32 bits."""
+    """The 16-bit type of the model's files; bfloat16 for a model published in 32 bits. Raises `DataError`."""
     from transformers import AutoConfig
 
-    dtype = AutoConfig.from_pretrained(model_folder, local_files_only=True).dtype
+    try:
+        dtype = AutoConfig.from_pretrained(model_folder, **OWN_FILES).dtype
+    except Exception as error:  # the library's checks of a configuration raise errors of many kinds
+        raise DataError(
+            f"{model_folder / 'config.json'}: the library cannot read it ({' '.join(str(error).split())[:300]}); "
+            "expected the model's own; delete the folder and fetch the model again"
+        ) from error
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from mobie.nano.corpus import Corpus
+from mobie.nano.state import read_state, save_state
 from mobie.provenance import versions
-from mobie.storage import atomic_write, write_json
+from mobie.storage import write_json
 
 END_OF_TEXT = "<|endoftext|>"
 LOG = "log.csv"
@@ -122,7 +123,7 @@ class Muon(torch.optim.Optimizer):
     A fused gate-and-up stack is orthogonalised half by half.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(self, params: Any, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1})
 
     @torch.no_grad()
@@ -200,13 +201,9 @@ class Run:
         self.model = model.to(self.device)
         self.optimizers = make_optimizers(self.model, recipe)
         self.step, self._seconds_before = 0, 0.0
-        self._checkpoint = work / "checkpoint.pt"
+        self._checkpoint = work / "checkpoint.safetensors"
         if self._checkpoint.exists():
-            state = torch.load(self._checkpoint, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            self.step, self._seconds_before = state["step"], state["seconds"]
+            self.step, self._seconds_before = read_state(self._checkpoint, self.model, self.optimizers)
         self._began = time.monotonic()
 
     @property
@@ -232,14 +229,7 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "seconds": self.seconds,
-            "step": self.step,
-        }
-        with atomic_write(self._checkpoint) as temporary:
-            torch.save(state, temporary)
+        save_state(self._checkpoint, self.model, self.optimizers, self.step, self.seconds)
 
 
 def train(corpus: Corpus, work: Path, recipe: Recipe, *, checkpoint_every: int = 50) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from mobie.packing.bits import pack_codes, unpack_codes
 
 #: name under which gate and up are stored as one bank, `(2·experts, out, in)`, when they share one basis
 GATE_UP = "gate_up"
+Side = Literal["left", "right"]
 SMALLEST_HALF = 2.0**-24  # smallest positive float16
 
 
@@ -89,7 +90,7 @@ class PackedBank(Packed):
 
     experts: tuple[Packed, ...]
     basis: Packed | None = None
-    side: str = "left"
+    side: Side = "left"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -145,11 +146,15 @@ class PackedBank(Packed):
 
     def is_code(self, name: str) -> bool:
         part, _, rest = name.partition(".")
-        return (self.basis if part == "basis" else self.experts[0]).is_code(rest)
+        return self._owner(part).is_code(rest)
 
     def is_scale(self, name: str) -> bool:
         part, _, rest = name.partition(".")
-        return (self.basis if part == "basis" else self.experts[0]).is_scale(rest)
+        return self._owner(part).is_scale(rest)
+
+    def _owner(self, part: str) -> Packed:
+        """Whose tensor a name begins with `part` is."""
+        return self.basis if part == "basis" and self.basis is not None else self.experts[0]
 
     def paper_bits(self, active_share: float = 1.0) -> float:
         count, rows, cols = self.shape

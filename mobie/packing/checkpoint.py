@@ -30,10 +30,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mobie.errors import DataError, unknown_name
+from mobie.models import OWN_FILES
 from mobie.packing import bank, binary, dense, grid  # noqa: F401 (registers the formats)
 from mobie.packing.base import FORMATS, Packed
 from mobie.packing.dense import Dense16
-from mobie.storage import atomic_write
+from mobie.parsing import parse_json
+from mobie.storage import atomic_write, no_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -145,10 +147,12 @@ def read_tensors(path: Path, *, values: bool = True) -> tuple[dict[str, Tensor],
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {})[METADATA])
+            metadata = dict(parse_json((file.metadata() or {})[METADATA]))
             read = file.get_tensor if values else lambda name: _without_values(file.get_slice(name))
             return {name: read(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        if no_memory(error):  # the file may be whole
+            raise MemoryError(f"{path}: no memory left to read it") from error
         raise DataError(
             f"{path}: not a readable safetensors file of this project ({error}); expected a complete file; delete it "
             "and run the same command again, it is made anew"
@@ -201,9 +205,21 @@ def load_block(path: Path, *, values: bool = True) -> Shard:
     tensors, metadata = read_tensors(path, values=values)
     if "names" not in metadata:
         raise DataError(f"{path}: a shard of format version 1, expected {FORMAT_VERSION}; {QUANTIZE_AGAIN}")
+    try:
+        return _shard(path, tensors, metadata)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        raise DataError(
+            f"{path}: its header is not that of its tensors ({error!r}); expected a file as it was written; delete it "
+            "and run the same command again, it is made anew"
+        ) from error
+
+
+def _shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Shard:
+    """The packed parts of a file; a `KeyError` or the like where the metadata are of another form."""
     names = BlockNames(metadata["names"]["block"], metadata["names"]["experts"])
     replaced = names.replaced({name: entry["format"] for name, entry in metadata["headers"].items()})
-    linears, experts = {}, {}
+    linears: dict[str, Packed] = {}
+    experts: dict[str, Packed] = {}
     for name, entry in metadata["headers"].items():
         if entry["format"] not in FORMATS:
             raise DataError(
@@ -215,13 +231,7 @@ def load_block(path: Path, *, values: bool = True) -> Shard:
             for key, tensor in tensors.items()
             if key.startswith(prefix) and key not in replaced
         }
-        try:
-            packed = FORMATS[entry["format"]].from_tensors(entry["header"], own)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise DataError(
-                f"{path}: the tensors of {prefix} are not those of its header ({error!r}); expected a file as it was "
-                "written; delete it and run the same command again, it is made anew"
-            ) from error
+        packed = FORMATS[entry["format"]].from_tensors(entry["header"], own)
         kind, _, rest = name.partition(".")
         (linears if kind == "linears" else experts)[rest] = packed
     return Shard(PackedBlock(linears, experts), metadata["fingerprint"], metadata["details"], frozenset(replaced))
@@ -283,25 +293,46 @@ def check_version(version: Any, where: str) -> None:
         )
 
 
-def read_manifest(folder: Path, *, files: bool = True) -> dict[str, Any]:
-    """Read and check `manifest.json`: version, and (unless `files` is False) the sha256 of every file it lists."""
+def read_manifest(folder: Path, *, files: bool = True, weights: bool = True) -> dict[str, Any]:
+    """Read and check `manifest.json`: version, and the sha256 of every file it lists.
+
+    files:   False compares no file.
+    weights: False leaves out the weight files, which take time to read.
+
+    Raises:
+        DataError: the manifest is not readable or of another version, or a file is missing or damaged.
+    """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-        version, listed = manifest["format_version"], dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = parse_json(path.read_bytes())
+        version = manifest["format_version"]
+        listed = {name: str(entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: not a readable manifest ({error}); expected a finished checkpoint; run the quantize rule again, "
             "or fetch the whole folder again"
         ) from error
     check_version(version, str(path))
     if files:
-        _check_files(folder, {name: entry["sha256"] for name, entry in listed.items()})
+        chosen = {name: sha for name, sha in listed.items() if weights or not name.endswith(".safetensors")}
+        _check_files(folder, chosen)
     return manifest
 
 
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and len(name) < 200
+
+
 def _check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    """Raise DataError for a file whose sha256 is another; hashing takes the interpreter's lock for moments only."""
+    """Raise DataError for a file whose sha256 is another, or a name that leads out of the folder.
+
+    Hashing takes the interpreter's lock for moments only.
+    """
+    strange = next((name for name in digests if not _is_file_name(name)), None)
+    if strange is not None:
+        raise DataError(
+            f"{folder / MANIFEST}: lists {strange!r}, expected names of files in its folder; {QUANTIZE_AGAIN}"
+        )
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda name: file_digest(folder / name) if (folder / name).exists() else "no file", digests)
         for (name, expected), got in zip(digests.items(), found, strict=True):
@@ -324,7 +355,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTra
 
     manifest = read_manifest(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **OWN_FILES)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{folder}: not a readable config.json ({error}); expected the model's own; run the quantize rule again"
@@ -345,4 +376,4 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTra
             f"{folder}: parameters missing {missing}, unexpected {sorted(outcome.unexpected_keys)}; expected exactly "
             "the model's own; delete the folder and run the quantize rule again"
         )
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **OWN_FILES)

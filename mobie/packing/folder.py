@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mobie.packing.checkpoint import (
     save_manifest,
     weight_files,
 )
-from mobie.storage import storage_errors, write_json
+from mobie.storage import atomic_write, write_bytes, write_json
 
 QUANT_METHOD = "mobie"  # value of `quant_method` in config.json
 CONFIG = "config.json"
@@ -65,8 +64,8 @@ def finish_folder(model_folder: Path, out: Path, model: Any, method: Method, *, 
     """
     copied = _copy_side_files(model_folder, out)
     if GENERATION_CONFIG not in {file.name for file in copied}:
-        with storage_errors(out / GENERATION_CONFIG):
-            model.generation_config.save_pretrained(out)
+        with atomic_write(out / GENERATION_CONFIG) as temporary:
+            model.generation_config.save_pretrained(temporary.parent)  # under this very name
     config = _read_config(model_folder) | {"quantization_config": quantization_config(method, blocks)}
     write_json(out / CONFIG, config)
     write_json(out / INDEX, _index(out, blocks))
@@ -80,15 +79,15 @@ def _copy_side_files(model_folder: Path, out: Path) -> list[Path]:
     for file in sorted(model_folder.iterdir()):
         if file.suffix not in SIDE_SUFFIXES or file.name in {CONFIG, MANIFEST} or file.name.endswith(".index.json"):
             continue
-        with storage_errors(out / file.name):
-            shutil.copyfile(file, out / file.name)
+        write_bytes(out / file.name, file.read_bytes())
         copied.append(out / file.name)
     return copied
 
 
 def _index(out: Path, blocks: int) -> dict[str, Any]:
     """Which file holds which tensor, in the form that the library reads."""
-    size, where = 0, {}
+    size = 0
+    where: dict[str, str] = {}
     for file in weight_files(out, blocks):
         tensors, _ = read_tensors(file, values=False)
         where |= dict.fromkeys(tensors, file.name)

@@ -6,15 +6,14 @@ import csv
 from functools import cache
 
 from mobie.errors import ConfigError
+from mobie.parsing import parse_yaml
 from mobie.paths import PACKAGE, paper_table
 
 
 @cache
 def _aliases() -> dict[str, str]:
     """Every name of a model → the one name that stands for all."""
-    import yaml
-
-    names = yaml.safe_load((PACKAGE / "paper" / "claims.yaml").read_text(encoding="utf-8"))["names"]
+    names = parse_yaml((PACKAGE / "paper" / "claims.yaml").read_text(encoding="utf-8"))["names"]
     return {alias: name for name, aliases in names.items() for alias in [name, *aliases]}
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mobie.figures import FIGURES, collect_figure, figure_records
 from mobie.figures.figure import FigureData, to_csv
+from mobie.figures.seal import read_svg
 from mobie.paper.audit import audit
 from mobie.paper.audit.report import ABOUT, HEADINGS
 from mobie.paths import PACKAGE, Layout
@@ -62,22 +63,25 @@ def report_records(suite: str, layout: Layout) -> list[Path]:
     return list(dict.fromkeys([*found, *verdict_records(suite, layout)]))
 
 
-def write_report(suite: str, layout: Layout) -> Path:
-    """Write `results/report.html`; returns its path.
+def write_report(suite: str, layout: Layout, tidy: Tidy | None = None) -> Path:
+    """Write `results/report.html`; returns its path. `tidy` as in `build_report`.
 
     Raises:
         ConfigError: no such suite.
         DataError: a record or a figure is damaged.
         StorageError: the system refused to write.
     """
-    write_text(layout.report, build_report(suite, layout))
+    write_text(layout.report, build_report(suite, layout, tidy))
     return layout.report
 
 
-def build_report(suite: str, layout: Layout) -> str:
-    """The page as text; whatever is missing is a hole with its reason. Raises `ConfigError`, `DataError`."""
+def build_report(suite: str, layout: Layout, tidy: Tidy | None = None) -> str:
+    """The page as text; whatever is missing is a hole with its reason. Raises `ConfigError`, `DataError`.
+
+    `tidy` is applied to every text; by default it makes paths of this repository and of the home folder short.
+    """
     results = Results(suite, layout)
-    tidy = path_stripper(layout.root.resolve(), Path.home())
+    tidy = tidy or path_stripper(layout.root.resolve(), Path.home())
     verdicts = judge(results)
     tables = [table_view(build_table(name, results), tidy) for name in TABLES]
     figures = {name: figure_view(collect_figure(name, results), layout) for name in FIGURES}
@@ -125,7 +129,7 @@ def figure_view(data: FigureData, layout: Layout) -> FigureView:
     path = layout.figure(data.name, "svg")
     svg = None
     if path.exists():
-        svg = inline_svg(path.read_text(encoding="utf-8"), f"{data.name}-drawing", f"{data.heading}. {data.caption}")
+        svg = inline_svg(read_svg(path).decode(), f"{data.name}-drawing", f"{data.heading}. {data.caption}")
     files = {suffix: layout.figure(data.name, suffix) for suffix in FILES}
     links = tuple(
         (suffix.upper(), Path(os.path.relpath(file, layout.report.parent)).as_posix())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mobie.config import load_suite
 from mobie.errors import DataError
+from mobie.figures.seal import read_svg
 from mobie.paths import PACKAGE, Layout, embedded_model
 from mobie.records import read_record
 from mobie.storage import write_bytes, write_text
@@ -29,9 +30,32 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
+def _checked(path: Path, expected: str) -> str:
+    """Text of a file, which is to be what the records of the default suite give now.
+
+    Raises:
+        DataError: it is damaged, older than the records, or of another suite.
+    """
+    if path.read_text(encoding="utf-8", errors="replace") != expected:
+        raise DataError(
+            f"{path}: not what the records of the default suite give; delete it and make it again with "
+            "`snakemake --cores all`"
+        )
+    return expected
+
+
+def _table(name: str, layout: Layout) -> str:
+    """A table of the default suite as Markdown."""
+    from mobie.results import Results
+    from mobie.tables import build_table
+    from mobie.tables.table import to_markdown
+
+    return _checked(layout.table(name, "md"), to_markdown(build_table(name, Results("smoke", layout))))
+
+
 def _table2(layout: Layout) -> str:
     """The table under the README's own headings, without the paper's table, which is folded at its end."""
-    text = layout.table("table2", "md").read_text(encoding="utf-8")
+    text = _table("table2", layout)
     text = re.sub(r"<details>.*?</details>\n*", "", text, flags=re.DOTALL)
     return re.sub(r"^#", "###", text, flags=re.MULTILINE).rstrip() + "\n"
 
@@ -105,7 +129,13 @@ def _audit(layout: Layout) -> str:
 
 def _claims(layout: Layout) -> str:
     """Statements by verdict, and each with both verdicts."""
-    found = json.loads(layout.table("claims", "json").read_text(encoding="utf-8"))
+    from mobie.results import Results
+    from mobie.verdicts import judge
+    from mobie.verdicts.write import to_json
+
+    verdicts = judge(Results("smoke", layout))
+    _checked(layout.table("claims", "json"), to_json(verdicts))
+    found = verdicts.as_dict()
     counts = [[f"this suite: {name}", str(n)] for name, n in found["counts"].items()]
     counts += [[f"the paper's own entries: {name}", str(n)] for name, n in found["paper_counts"].items()]
     rows = [[claim["id"], _cell(claim["claim"]), claim["paper"], claim["verdict"]] for claim in found["claims"]]
@@ -121,14 +151,14 @@ def _cell(text: str) -> str:
 def _pareto(layout: Layout) -> str:
     """The figure of accuracy and perplexity against stored bits, copied to where it is committed."""
     picture = layout.readme_figure("pareto", "svg")
-    write_bytes(picture, layout.figure("pareto", "svg").read_bytes())
+    write_bytes(picture, read_svg(layout.figure("pareto", "svg")))
     where = picture.relative_to(layout.root).as_posix()
     return f"![Quality against bits really stored, every method and setting, with the Pareto front]({where})\n"
 
 
 def _sensitivity(layout: Layout) -> str:
     """The readings of the paper by the size of their effect."""
-    lines = layout.table("sensitivity", "md").read_text(encoding="utf-8").splitlines()
+    lines = _table("sensitivity", layout).splitlines()
     return "\n".join(line for line in lines if line.startswith("|")) + "\n"
 
 
@@ -150,7 +180,7 @@ def _kernels(layout: Layout) -> str:
 
 def _speed(layout: Layout) -> str:
     """The table of timings, under the README's own headings."""
-    text = layout.table("speed", "md").read_text(encoding="utf-8")
+    text = _table("speed", layout)
     return (
         "<details><summary>The table</summary>\n\n" + re.sub(r"^#", "####", text, flags=re.MULTILINE) + "\n</details>\n"
     )

@@ -13,7 +13,7 @@ from mobie.paths import Layout
 from mobie.records import Record, read_record
 
 #: details that are one value per item, token or matrix element: only their number is told
-COUNTED = frozenset({"answers", "bytes_by_item", "items", "matrices", "samples", "window_nll"})
+COUNTED = frozenset({"answers", "bytes_by_item", "items", "matrices", "samples", "statuses", "window_nll"})
 MOST_ENTRIES, MOST_ITEMS, MOST_LETTERS = 24, 12, 500
 LOG_LINES, LOG_BYTES = 20, 65536
 TERMINAL_CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
@@ -101,7 +101,7 @@ def record_view(path: Path, layout: Layout, tidy: Tidy) -> dict[str, Any]:
         DataError: the record is damaged.
     """
     relative = path.relative_to(layout.root)
-    _, suite, model, method, seed, _ = relative.parts
+    suite, model, method, seed = relative.parts[-5:-1]  # the same of a published record, which lies one folder deeper
     log = layout.log(suite, model, method, seed, path.stem)
     view = {
         "path": relative.as_posix(),
@@ -128,7 +128,7 @@ def _of_record(record: Record) -> dict[str, Any]:
         "reason": record.reason,
         "protocol": record.protocol,
         "measurements": [[m.name, m.value, m.stderr, m.n, m.chance] for m in record.measurements],
-        "command": shlex.join(known.pop("command", [])),
+        "command": shlex.join(map(str, known.pop("command", ()))),
         "inputs": known.pop("inputs", {}),
         "versions": known.pop("versions", {}),
         "host": known.pop("host", {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mobie.errors import DataError, UnsupportedError
 from mobie.runner.attention import GROUPED
 
-Prompts = Tensor | Sequence[Sequence[int]]
+Prompts: TypeAlias = Tensor | Sequence[Sequence[int]]
 
 ATTENTIONS = ("sdpa", "eager", GROUPED)
 

@@ -29,7 +29,7 @@ from mobie.scoring.protocol import Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mobie.packing.bank import PackedBank
+    from mobie.packing.base import Packed
     from mobie.packing.checkpoint import PackedBlock
 
 Samples = Literal["residual", "inputs", "outputs"]
@@ -122,7 +122,7 @@ def _banks(reference: PackedBlock, quantized: PackedBlock) -> dict[str, tuple[Te
     from mobie.packing.bank import split_gate_up
 
     weights = split_gate_up({name: packed.dequantize() for name, packed in reference.experts.items()})
-    factors = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, packed in quantized.experts.items():
         factors |= expert_factors(name, packed, weights)
     return {projection: (weight, *factors[projection]) for projection, weight in weights.items()}
@@ -143,7 +143,7 @@ def _rows(projection: str, samples: Samples) -> bool:
     return samples == "outputs" or (samples == "residual" and projection == "down")
 
 
-def expert_factors(name: str, packed: PackedBank, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def expert_factors(name: str, packed: Packed, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """V_e of every expert, exact and as stored, by projection (a joint bank of gate and up holds two).
 
     The exact factors are those of the full-precision `weights` on the stored side and at the stored rank.
@@ -154,9 +154,9 @@ def expert_factors(name: str, packed: PackedBank, weights: Mapping[str, Tensor])
     import torch
 
     from mobie.methods.mobie.cejd import joint_svd
-    from mobie.packing.bank import GATE_UP
+    from mobie.packing.bank import GATE_UP, PackedBank
 
-    if getattr(packed, "basis", None) is None:
+    if not isinstance(packed, PackedBank) or packed.basis is None:
         raise UnsupportedError(
             f"the experts' {name} has no shared basis, expected the joint decomposition of MoBiE: there is no V to "
             "compare"

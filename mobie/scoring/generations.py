@@ -101,8 +101,8 @@ def generations(
         for number, prompt in enumerate(prompts, start=1)
     ]
     repetitions = [sample.repetition for sample in samples if sample.repetition is not None]
-    means = [_mean("repetition", repetitions)] if repetitions else []
-    return [*means, _mean("tokens", [sample.tokens for sample in samples])], samples
+    means = [mean_measurement("repetition", repetitions)] if repetitions else []
+    return [*means, mean_measurement("tokens", [sample.tokens for sample in samples])], samples
 
 
 def _continue(model: Any, tokenizer: Any, name: str, prompt: Prompt, max_new_tokens: int) -> Sample:
@@ -142,7 +142,8 @@ def greedy(model: Any, ids: Sequence[int], max_new_tokens: int, stops: frozenset
     """
     import torch
 
-    tokens, cache, generated = torch.tensor([ids], device=model.device), None, []
+    tokens, cache = torch.tensor([ids], device=model.device), None
+    generated: list[int] = []
     with torch.inference_mode():
         while len(generated) < max_new_tokens and not (generated and generated[-1] in stops):
             output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
@@ -158,7 +159,8 @@ def repetition(tokens: Sequence[int]) -> float | None:
     return 1 - len(set(grams)) / len(grams) if grams else None
 
 
-def _mean(name: str, values: Sequence[float]) -> Measurement:
+def mean_measurement(name: str, values: Sequence[float]) -> Measurement:
+    """Mean of values with its standard error, None for a single one; no chance level."""
     n = len(values)
     mean = math.fsum(values) / n
     spread = math.fsum((value - mean) ** 2 for value in values)

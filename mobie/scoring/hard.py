@@ -32,8 +32,9 @@ from mobie.scoring.tasks import (
     run_harness,
 )
 
-#: the paper's harder tasks; a protocol either scores one or says why not
-HARD_TASKS = ("mmlu", "mathqa", "gsm8k", "mbpp", "humaneval")
+#: the paper's harder tasks, those whose answers are programs (`mobie.scoring.code`) left out; a protocol either scores
+#: one or says why not
+HARD_TASKS = ("mmlu", "mathqa", "gsm8k")
 #: folders of lm-eval's task collection that hold those that the harness scores
 TASK_FOLDERS = ("mmlu/default", "mathqa", "gsm8k")
 METRICS = ("acc", "acc_norm", "exact_match")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -20,6 +21,18 @@ class Protocol(BaseModel):
     def digest(self) -> str:
         """SHA-256 of all fields."""
         return digest({"protocol": type(self).__name__, **self.model_dump(mode="json")})
+
+
+def require_version(library: str, version: str) -> None:
+    """Raise ConfigError where another version of a library is installed than the protocol's."""
+    try:
+        installed = importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        installed = "no version"
+    if installed != version:
+        raise ConfigError(
+            f"{installed} of {library} is installed, the protocol says {version}; install {library}=={version}"
+        )
 
 
 def require_dtype(model: Any, expected: Dtype) -> None:

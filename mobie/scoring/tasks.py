@@ -6,9 +6,7 @@ Prompts, metrics and task versions are the harness's. With a `limit` a fixed sam
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import os
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,9 +16,11 @@ from typing import Any
 
 from pydantic import Field
 
+from mobie.determinism import read_locally
 from mobie.errors import ConfigError, DataError, unknown_name
+from mobie.parsing import parse_yaml
 from mobie.records import Measurement
-from mobie.scoring.protocol import Dtype, Protocol, require_dtype
+from mobie.scoring.protocol import Dtype, Protocol, require_dtype, require_version
 
 #: folders of lm-eval's task collection that hold our tasks; indexing all of it takes 20 seconds
 TASK_FOLDERS = ("arc", "hellaswag", "lambada", "piqa", "winogrande")
@@ -120,17 +120,8 @@ def run_harness(
 
 def prepare_harness(version: str) -> None:
     """Keep lm-eval off the network and check its version; to be called before it is imported. Raises ConfigError."""
-    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # read when the libraries are imported
-        os.environ.setdefault(variable, "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    try:
-        installed = importlib.metadata.version("lm-eval")
-    except importlib.metadata.PackageNotFoundError:
-        installed = "no version"
-    if installed != version:
-        raise ConfigError(
-            f"{installed} of lm-eval is installed, the protocol says {version}; install lm-eval=={version}"
-        )
+    read_locally()
+    require_version("lm-eval", version)
 
 
 def load_tasks(protocol: TasksProtocol, group: Path, mirror: Path, cache: Path) -> dict[str, Any]:
@@ -197,15 +188,13 @@ def load_entries(
 
 def read_group(group: Path, mirror: Path) -> dict[str, dict[str, Any]]:
     """Entries of a group file by task name, `{mirror}` filled in."""
-    import yaml
-
     try:
-        entries = yaml.safe_load(group.read_text(encoding="utf-8"))["task"]
+        entries = parse_yaml(group.read_text(encoding="utf-8"))["task"]
         return {
             entry["task"]: {**entry, "dataset_path": entry["dataset_path"].format(mirror=mirror.resolve())}
             for entry in entries
         }
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ConfigError(
             f"{group}: not a group file ({error}), expected a list `task` of entries with task and dataset_path; "
             "restore it from the repository"

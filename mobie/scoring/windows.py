@@ -5,7 +5,6 @@ The windows lie in a file that says what they were cut from; a job that reads th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pydantic import Field
 from mobie.errors import ConfigError, DataError
 from mobie.provenance import digest, file_hash
 from mobie.scoring.protocol import Dtype, Protocol, require_dtype
-from mobie.storage import write_bytes
+from mobie.sealed import load_sealed, save_sealed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,28 +81,23 @@ def tokenizer_files_digest(folder: Path) -> str:
 
 
 def save_windows(path: Path, windows: Tensor, origin: WindowsOrigin) -> None:
-    """Write token windows `(windows, window)` and their origin as safetensors. Raises `StorageError`."""
-    from safetensors.torch import save
-
-    metadata = {"origin": json.dumps(asdict(origin), sort_keys=True)}
-    write_bytes(path, save({"windows": windows.contiguous()}, metadata))
+    """Write token windows `(windows, window)`, their origin and the hash of both. Raises `StorageError`."""
+    save_sealed(path, {"windows": windows}, asdict(origin))
 
 
 def load_windows(path: Path, expected: Mapping[str, str]) -> tuple[Tensor, WindowsOrigin]:
     """Read token windows; `expected` holds those fields of the origin that the reader knows.
 
     Raises:
-        DataError: missing, truncated, not token windows, or cut from something else.
+        DataError: missing, damaged, not token windows, or cut from something else.
     """
-    from safetensors import SafetensorError, safe_open
-
     remedy = "delete it and run `python -m mobie windows` or the windows rule again"
     try:
-        with safe_open(path, framework="pt") as file:
-            windows, origin = file.get_tensor("windows"), WindowsOrigin(**json.loads(file.metadata()["origin"]))
+        windows, found = load_sealed(path, "windows")
+        origin = WindowsOrigin(**found)
     except FileNotFoundError:
         raise DataError(f"{path}: no such token windows; run `python -m mobie windows`") from None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (ValueError, TypeError) as error:
         raise DataError(f"{path}: not readable token windows ({error}); {remedy}") from error
     for field, value in expected.items():
         if getattr(origin, field) != value:

@@ -80,7 +80,7 @@ def _time(
     if way == "dense":
         attach_dense(model)
     else:
-        attach(model, compute="kernels", activations=way.removeprefix("binary-"))
+        attach(model, compute="kernels", activations="int8" if way == "binary-int8" else "16bit")
     blocks = [block.mlp for block in Adapter(config.model_type).blocks(model)]
     hidden = torch.randn(batch, 1, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
@@ -111,7 +111,7 @@ def _bytes(model: Any, batch: int) -> float:
     adapter = Adapter(model.config.model_type)
     (block,) = adapter.blocks(model)
     layer = layer_bytes(adapter, block, packed_blocks(model)[0], within="mlp.")
-    top_k = int(adapter.router(block).top_k)
+    top_k = int(adapter.moe_router(block).top_k)
     (distinct,) = distinct_assigned(BALANCED, 1, batch, len(layer.experts), top_k)
     return layer.always + distinct * sum(layer.experts) / len(layer.experts)
 

@@ -183,7 +183,7 @@ def activated(model: nn.Module, ledger: BitLedger | None, batch: int) -> Activat
         weights += sum(_size(linear) for group in linear_groups(adapter, module) for linear in group)
         experts = adapter.experts_module(module)
         if experts is not None:
-            top_k = int(adapter.router(module).top_k)
+            top_k = int(adapter.moe_router(module).top_k)
             weights += _expert_weights(experts) * min(int(experts.num_experts), batch * top_k)
     ends = model.get_input_embeddings().weight.numel() + model.get_output_embeddings().weight.numel()
     return Activated(weights, 16.0 if ledger is None else ledger.paper_bits, ends)
@@ -220,7 +220,7 @@ def model_ledger(model: nn.Module, blocks: Sequence[PackedBlock]) -> BitLedger |
     ledgers: dict[str, BitLedger] = {}
     for index, (module, packed) in enumerate(zip(adapter.blocks(model), blocks, strict=True)):
         experts = adapter.experts_module(module)
-        share = 1.0 if experts is None else int(adapter.router(module).top_k) / int(experts.num_experts)
+        share = 1.0 if experts is None else int(adapter.moe_router(module).top_k) / int(experts.num_experts)
         ledgers |= {f"{index}.{name}": part.ledger(share) for name, part in packed.parts().items()}
     return BitLedger.merge(ledgers) if ledgers else None
 

@@ -87,9 +87,8 @@ def random_block(adapter: Adapter, block: nn.Module, method: Method, tensors: Ra
     if experts is None:
         return PackedBlock(linears, {})
     if method.quantizes_router:
-        router = adapter.router(block)
-        name = adapter.architecture.router
-        linears[name] = _mixed_order(method, 1, *router.weight.shape, tensors).experts[0]
+        rows, columns = adapter.moe_router(block).weight.shape
+        linears[adapter.architecture.router] = _mixed_order(method, 1, rows, columns, tensors).experts[0]
     return PackedBlock(linears, _random_experts(method, experts, tensors))
 
 

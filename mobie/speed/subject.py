@@ -16,6 +16,7 @@ import torch
 
 from mobie.errors import ConfigError
 from mobie.methods.fp16 import FP16
+from mobie.models import OWN_FILES
 from mobie.packing.base import BitLedger
 from mobie.speed import routers
 from mobie.speed.footprint import (
@@ -169,7 +170,7 @@ class StoredSubject(Subject):
         """`checkpoint`: None where only dense weights are timed."""
         from transformers import AutoConfig
 
-        super().__init__(name, AutoConfig.from_pretrained(source, local_files_only=True), device, dtype)
+        super().__init__(name, AutoConfig.from_pretrained(source, **OWN_FILES), device, dtype)
         self._source, self._checkpoint = source, checkpoint
 
     def _load(self, kind: Kind) -> Any:
@@ -180,7 +181,7 @@ class StoredSubject(Subject):
         folder = self._source if kind == "dense" else self._checkpoint
         if folder is None:
             raise ConfigError(f"{self.name}: no checkpoint to time packed weights of; expected a quantized method")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, use_safetensors=True, **OWN_FILES)
         return model.eval().to(self.device)
 
 

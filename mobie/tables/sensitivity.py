@@ -86,7 +86,9 @@ def _row(
     stored, base = (results.cell(model, m, "quantize", "bits_stored") for m in (method, default))
     if stored.value is not None and base.value is not None:
         stored = replace(stored, value=stored.value - base.value)
-    beyond = "" if change.value is None else "yes" if abs(change.value) > 2 * change.stderr else "no"
+    beyond = ""
+    if change.value is not None and change.stderr is not None:
+        beyond = "yes" if abs(change.value) > 2 * change.stderr else "no"
     texts = {"reading": str(number), "question": question, "beyond": beyond}
     return Row(model.label, tried, {"change": change, "stored": stored}, texts, config=method)
 
@@ -97,7 +99,7 @@ def _at_sweep_size(results: Results, config: str) -> str:
 
 def _percent(cell: Cell) -> Cell:
     """A log ratio as a change in per cent."""
-    if cell.value is None:
+    if cell.value is None or cell.stderr is None:
         return cell
     ratio = math.exp(cell.value)
     return replace(cell, value=100 * (ratio - 1), stderr=100 * ratio * cell.stderr)

@@ -59,7 +59,8 @@ LEGEND = (
 def build(results: Results) -> Table:
     """Read the record of `mobie` of every model of the suite, then the published ones of the other shapes."""
     own = results.models("speed")
-    rows, notes = [], [*model_notes(results, own)]
+    rows: list[Row] = []
+    notes = [*model_notes(results, own)]
     for model in own:
         record = results.record(model, METHOD, KIND)
         where = results.cell(model, METHOD, KIND, SPEED)
@@ -88,11 +89,10 @@ def build(results: Results) -> Table:
 
 def _published(results: Results, name: str) -> tuple[Record | None, Cell]:
     """The committed record of a shape, and a cell that says where it lies or how to make it."""
-    found = results.published(SHAPES_SUITE, name, METHOD, KIND)
-    if found is None or found[1] is None:
+    path, record = results.published(SHAPES_SUITE, name, METHOD, KIND) or (None, None)
+    if path is None or record is None:
         command = gpu_command(SHAPES_SUITE, name, METHOD)
         return None, Cell(None, status="absent", reason=f"needs a CUDA GPU; measure it on one with {command}")
-    path, record = found
     where = path.relative_to(results.layout.root).as_posix()
     return record, Cell(None, status=record.status, reason=record.reason, record=where)
 
@@ -128,12 +128,13 @@ def _section(run: Mapping[str, Any]) -> str:
 
 
 def _row(label: str, run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], record: str) -> Row:
-    place = {"config": METHOD, "section": _section(run)}
+    cells: dict[str, Cell] = {}
+    row = Row(label, LABELS[run["runner"]], cells, config=METHOD, section=_section(run))
     if run["status"] != "ok":
-        hole = Cell(None, status=run["status"], reason=run["reason"], record=record)
-        return Row(label, LABELS[run["runner"]], {SPEED: hole}, **place)
+        cells[SPEED] = Cell(None, status=run["status"], reason=run["reason"], record=record)
+        return row
     speed, steps = run[SPEED], run["step_seconds"]["n"]
-    cells = {
+    cells |= {
         SPEED: Cell(speed["median"], run["tokens_per_second_stderr"], steps, record=record),
         "lower": Cell(speed["lower"], record=record),
         "upper": Cell(speed["upper"], record=record),
@@ -146,7 +147,7 @@ def _row(label: str, run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], 
         other = next((r for r in runs if r["runner"] == baseline and _setting(r) == _setting(run)), None)
         if other is not None and other["status"] == "ok" and run["runner"] != baseline:
             cells[column] = Cell(speed["median"] / other[SPEED]["median"], record=record)
-    return Row(label, LABELS[run["runner"]], cells, **place)
+    return row
 
 
 def _block_row(label: str, block: Mapping[str, Any], record: str) -> Row:

@@ -286,13 +286,11 @@ def _long_lines(table: Table) -> Iterator[dict[str, str]]:
     for row in table.rows:
         for column in table.columns:
             cell, text = row.cells.get(column.key), row.texts.get(column.key)
-            if cell is None and text is None:
-                continue
             place = {"suite": table.suite, "table": table.name, "model": row.model, "section": row.section}
             line = {**place, "row": row.label, "config": row.config, "column": column.key}
             if text is not None:
                 yield {**line, "ours": text, "status": "ok", "record": cell.record if cell else ""}
-            else:
+            elif cell is not None:
                 yield {**line, **_long_values(row, column, cell)}
 
 
@@ -352,7 +350,8 @@ class Markup:
 
 
 def show(cell: Cell, column: Column, *, mark: str = "", paper: float | None = None) -> tuple[str, str]:
-    """A value, and what stands behind it: its standard error, its marks and the paper's entry."""
+    """A value that is there, and what stands behind it: its standard error, its marks and the paper's entry."""
+    assert cell.value is not None
     rest = []
     if cell.stderr is not None:
         rest.append(f"± {number(cell.stderr, column.digits)}")
@@ -397,8 +396,13 @@ def markdown_text(text: str) -> str:
     return shown.replace("\n", "<br>")
 
 
+def _inert(text: str) -> str:
+    """Our own sentence for Markdown; what an error's text brought along makes no element and no link."""
+    return text.replace("<", "&lt;").replace("](", "]\\(")
+
+
 MARKDOWN_MARKUP = Markup(
-    plain=lambda text: text.replace("|", "\\|").replace("\n", " "), text=markdown_text, bold="**{}**".format
+    plain=lambda text: _inert(text).replace("|", "\\|").replace("\n", " "), text=markdown_text, bold="**{}**".format
 )
 
 
@@ -425,7 +429,7 @@ def to_markdown(table: Table) -> str:
             if measured:
                 lines += ["Beside the paper's columns:", "", *grid(measured, table.extra)]
     lines += [f"{line}  " for line in (*table.legend, *_marks(table))]
-    lines += ["", *(f"{line}  " for line in footnotes.lines())] if footnotes.lines() else []
+    lines += ["", *(f"{_inert(line)}  " for line in footnotes.lines())] if footnotes.lines() else []
     lines += ["", *_papers_table(table)]
     return "\n".join(lines).rstrip() + "\n"
 

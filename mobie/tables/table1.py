@@ -77,7 +77,7 @@ def _increase(results: Results, model: Model, method: str, name: str) -> Cell:
     cell, full = (results.cell(model, method, "shift", part) for part in (name, FULL))
     if cell.value is None or full.value is None:
         return replace(cell if cell.value is None else full, stderr=None, n=None)
-    losses = results.record(model, method, "shift").details["window_nll"]
+    losses = results.details(model, method, "shift")["window_nll"]
     error = difference_error(cell.value, losses[name], full.value, losses[FULL])
     return Cell(cell.value - full.value, error, cell.n, record=cell.record)
 

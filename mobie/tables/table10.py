@@ -127,9 +127,9 @@ def _comparison(results: Results, model: Model, text: str, places: Mapping[float
         return f"{where}: too few values of λ have a perplexity for a comparison."
     if best == PAPERS_CHOICE:
         return f"{where}: λ = {PAPERS_CHOICE:g} has the lowest average."
-    methods = [sweep_method(results, value, text) for value in (best, PAPERS_CHOICE)]
-    found = log_ratio(results, model, *methods, results.protocol.texts)
-    if found.value is None:
+    ours, papers = (sweep_method(results, value, text) for value in (best, PAPERS_CHOICE))
+    found = log_ratio(results, model, ours, papers, results.protocol.texts)
+    if found.value is None or found.stderr is None:
         return f"{where}: λ = {best:g} has the lowest average; {found.reason}."
     size = "more" if abs(found.value) > found.stderr else "not more"
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mobie.config import read_yaml
@@ -49,23 +50,23 @@ def build(results: Results) -> Table:
 
 
 def _row(results: Results, model: Model, method: str, prompt: str) -> Row:
-    place = {"model": model.label, "label": results.method(method).label, "config": method, "section": prompt}
+    row = Row(model.label, results.method(method).label, {}, config=method, section=prompt)
     whole = results.cell(model, method, "generations", "tokens")
     if whole.value is None:
-        return Row(cells=dict.fromkeys((column.key for column in COLUMNS), whole), **place)
+        return replace(row, cells=dict.fromkeys((column.key for column in COLUMNS), whole))
     sample = _sample(results, model, method, prompt)
     if sample is None:
         hole = Cell(None, status="missing", reason="the record has no such prompt", record=whole.record)
-        return Row(cells=dict.fromkeys((column.key for column in COLUMNS), hole), **place)
+        return replace(row, cells=dict.fromkeys((column.key for column in COLUMNS), hole))
     texts = {TEXT: sample["text"].strip(), "finished": str(sample["finished"]).lower()}
     found = Cell(None, record=whole.record)
     cells = {TEXT: found, "finished": found, "tokens": Cell(sample["tokens"], record=whole.record)}
     cells["repetition"] = _repetition(sample, whole.record)
-    return Row(cells=cells, texts=texts, **place)
+    return replace(row, cells=cells, texts=texts)
 
 
 def _sample(results: Results, model: Model, method: str, prompt: str) -> Mapping[str, Any] | None:
-    samples = results.record(model, method, "generations").details["samples"]
+    samples = results.details(model, method, "generations")["samples"]
     return next((sample for sample in samples if sample["prompt"] == prompt), None)
 
 

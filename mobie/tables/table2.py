@@ -56,9 +56,11 @@ def bits_cells(results: Results, model: Model, method: str) -> dict[str, Cell]:
     return {column: results.cell(model, method, "quantize", name) for column, name in BITS.items()}
 
 
-def text_perplexity(results: Results, model: Model, method: str, text: str | None = None, **keys: int | None) -> Cell:
+def text_perplexity(
+    results: Results, model: Model, method: str, text: str | None = None, *, seed: int | None = None
+) -> Cell:
     """Perplexity on a text of the protocol; on the one that fills the column of WikiText-2 by default."""
-    return results.cell(model, method, "perplexity", f"{text or results.suite.wikitext2_text}.perplexity", **keys)
+    return results.cell(model, method, "perplexity", f"{text or results.suite.wikitext2_text}.perplexity", seed=seed)
 
 
 def other_texts(results: Results) -> list[str]:
@@ -123,8 +125,9 @@ def method_rows(
         if row.method is None:
             columns = next(iter(cells.values()))
             hole = Cell(None, status="absent", reason=row.absent)
-            paper = paper_entries(table, model, PaperRow(method=row.label))
-            found.append(Row(model.label, row.label, dict.fromkeys(columns, hole), paper=paper))
+            label = row.label or ""  # the configuration has one where it has no method
+            paper = paper_entries(table, model, PaperRow(method=label))
+            found.append(Row(model.label, label, dict.fromkeys(columns, hole), paper=paper))
             continue
         method = results.method(row.method)
         found.append(
@@ -182,7 +185,8 @@ def _model_rows(results: Results, model: Model) -> list[Row]:
 
 def item_notes(rows: Sequence[Row], tasks: Sequence[str]) -> tuple[str, ...]:
     """How many items stand behind an accuracy."""
-    counts = sorted({row.cells[task].n for row in rows for task in tasks if task in row.cells} - {None})
+    found = (row.cells[task].n for row in rows for task in tasks if task in row.cells)
+    counts = sorted({n for n in found if n is not None})
     if not counts:
         return ()
     span = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"

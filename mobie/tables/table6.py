@@ -103,7 +103,7 @@ def stored_bits(results: Results, model: Model, counting: str) -> Cell:
     whole = results.cell(model, METHOD, "quantize", f"bits_{counting}")
     if whole.value is None:
         return whole
-    parts = results.record(model, METHOD, "quantize").details.get("bits_by_component", {})
+    parts = results.details(model, METHOD, "quantize").get("bits_by_component", {})
     if EXPERTS not in parts:
         reason = f"the record has no bits of the component {EXPERTS!r}"
         return Cell(None, status="missing", reason=reason, record=whole.record)

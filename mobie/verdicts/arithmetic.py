@@ -61,7 +61,7 @@ def evaluate(expression: str, values: Mapping[str, Draws]) -> Draws:
 def _value(node: ast.expr, names: Mapping[str, Draws], expression: str) -> Draws:
     match node:
         case ast.Constant(value=int() | float() as number):
-            return np.float64(number)
+            return np.asarray(number, dtype=np.float64)
         case ast.Name(id=name):
             if name not in names:
                 raise ConfigError(f"{expression!r}: {unknown_name('value', name, names)}")

@@ -21,6 +21,7 @@ from mobie.errors import ConfigError
 from mobie.paper.audit.document import Document as PaperDocument
 from mobie.paper.audit.document import Strict, load_document
 from mobie.paper.audit.expressions import parse_entry
+from mobie.parsing import parse_yaml
 from mobie.paths import PACKAGE
 
 FILE = PACKAGE / "paper" / "ours.yaml"
@@ -178,16 +179,14 @@ def paper_document(folder: Path) -> PaperDocument:
 
 @cache
 def _load(file: Path) -> Document:
-    import yaml
-
     try:
-        value = yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        value = parse_yaml(file.read_text(encoding="utf-8"))
         value.pop("shared", None)  # anchors
         document = Document.model_validate(value)
-    except (yaml.YAMLError, AttributeError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         raise ConfigError("\n".join(f"{file}: {_explain(problem)}" for problem in error.errors())) from error
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
     stated = [claim.id for claim in paper_document(file.parent).claims]
     missing, unknown = sorted(set(stated) - set(document.claims)), sorted(set(document.claims) - set(stated))
     if missing or unknown:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -129,7 +129,7 @@ class ClaimVerdict:
         """Records behind the values, in order."""
         return tuple(dict.fromkeys(record for case in self.cases for record in case.records))
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self) | {"tolerance_source": self.tolerance_source, "records": self.records}
 
@@ -161,7 +161,7 @@ class Verdicts:
         """The verdict on a statement."""
         return next(claim for claim in self.claims if claim.id == name)
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
             "suite": self.suite,
@@ -261,7 +261,7 @@ def _case(reader: Reader, check: Check, models: Sequence[Model], names: dict[str
     label = _put_in(check.name, names)
     scope: Scope = "paper" if all(model.in_paper for model in models) else "nano"
     compared = _compared(check, scope)
-    told = {
+    told: dict[str, Any] = {
         "label": label,
         "model": ", ".join(model.label for model in models),
         "scope": scope,
@@ -334,7 +334,8 @@ def _outcome(draws: Draws, compared: dict[str, Relation], tests: int, is_exact: 
         return direction or stated or "shown"
     if direction != "holds":
         return direction
-    return {"holds": "holds", "within noise": "within noise", "opposite": "direction"}[stated]
+    outcomes: dict[Test, Outcome] = {"holds": "holds", "within noise": "within noise", "opposite": "direction"}
+    return outcomes[stated]
 
 
 def against(draws: Draws, relation: Relation, tests: int = 1, is_exact: bool = False) -> Test:
@@ -394,7 +395,7 @@ def _missing(cases: Sequence[Case]) -> str:
     """Reasons of the holes, and how far the rest got."""
     reasons = Counter(case.reason for case in cases if case.outcome == "missing")
     told = "; ".join(f"{reason} ({count} of {len(cases)} comparisons)" for reason, count in reasons.items())
-    rest = Counter(case.outcome for case in cases if case.outcome != "missing")
+    rest: Counter[Outcome] = Counter(case.outcome for case in cases if case.outcome != "missing")
     return told + (f". The rest: {_counted(rest, len(cases))}" if rest else "")
 
 

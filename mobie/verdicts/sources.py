@@ -23,6 +23,7 @@ from mobie.records import Record
 from mobie.results import Cell, Model, Results
 from mobie.tables.table2 import TASK_METRICS
 from mobie.tables.table8 import METRICS as HARD_METRICS
+from mobie.tables.table8 import hard_kind
 from mobie.tables.table10 import sweep_method, text_names
 from mobie.verdicts.document import Value
 from mobie.verdicts.sampling import Draws, Sampler, exact, half_width, seed_error
@@ -130,7 +131,7 @@ class Reader:
 
     def _no_method(self, name: str) -> str | None:
         """Why the suite has no such method; None where it has."""
-        rows = {row.label: row.absent for row in self.results.suite.rows if row.absent is not None}
+        rows = {row.label: row.absent for row in self.results.suite.rows if row.label and row.absent is not None}
         reason = rows.get(name, self.absent.get(name))
         if reason is not None:
             return f"{name}: {reason}"
@@ -204,10 +205,9 @@ class Reader:
         if hole is not None:
             return as_hole(hole)
         there = {s: cell.value for s, cell in family.items() if cell.value is not None}
-        if base == run.method and context.all_seeds:
-            cells |= dict.fromkeys(there)
+        averaged = [seed, *(s for s in there if s != seed)] if base == run.method and context.all_seeds else [seed]
         losses = []
-        for s in cells:
+        for s in averaged:
             record = self._record(model, run.method, "perplexity", s)
             window_nll = record.details.get("window_nll", {}).get(name)
             if window_nll is None:
@@ -253,7 +253,7 @@ class Reader:
         if name in TASK_METRICS:
             kind, metric = "tasks", TASK_METRICS[name]
         elif name in HARD_METRICS:
-            kind, metric = "hard", HARD_METRICS[name]
+            kind, metric = hard_kind(name), HARD_METRICS[name]
         else:
             raise ConfigError(unknown_name("task", name, [*TASK_METRICS, *HARD_METRICS]))
         cell = self._cell(model, method, kind, f"{name}.{metric}")

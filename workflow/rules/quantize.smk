@@ -12,8 +12,9 @@ rule quantize:
         PATHS.benchmark("{suite}", "{model}", "{method}", "s{seed}", "quantize")
     threads: 1
     resources:
-        mem_mb=lambda wildcards: keys_of(wildcards).model_config.resources.mem_mb,
-        gpu=lambda wildcards: keys_of(wildcards).model_config.resources.gpu,
+        mem_mb=memory("quantize"),
+        runtime=minutes("quantize"),
+        gpu=gpus,
     params:
         stale=lambda wildcards: quantize_state(wildcards),
     shell:

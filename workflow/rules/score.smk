@@ -17,6 +17,9 @@ rule windows:
     wildcard_constraints:
         protocol=r"[0-9a-f]+",
     threads: 1
+    resources:
+        mem_mb=memory("windows"),
+        runtime=minutes("windows"),
     params:
         code=stale.windows_code(),
     shell:
@@ -71,8 +74,9 @@ for kind in stale.SCORERS:
             PATHS.benchmark("{suite}", "{model}", "{method}", "s{seed}", kind)
         threads: 1
         resources:
-            mem_mb=lambda wildcards: keys_of(wildcards).model_config.resources.mem_mb,
-            gpu=lambda wildcards: keys_of(wildcards).model_config.resources.gpu,
+            mem_mb=memory(kind),
+            runtime=minutes(kind),
+            gpu=gpus,
         params:
             stale=score_state(kind),
             kind=kind,

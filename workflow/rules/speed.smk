@@ -20,10 +20,13 @@ rule speed:
         PATHS.log("{suite}", "{model}", "{method}", "s{seed}", "speed"),
     benchmark:
         PATHS.benchmark("{suite}", "{model}", "{method}", "s{seed}", "speed")
-    threads: workflow.cores or 1  # alone on the machine: other jobs would be timed with it; torch itself gets one thread
+    # Alone on the machine: other jobs would be timed with it. torch itself gets one thread. On a cluster, which has no
+    # number of cores, the profile asks for a whole node instead.
+    threads: lambda _: workflow.cores
     resources:
-        mem_mb=lambda wildcards: keys_of(wildcards).model_config.resources.mem_mb,
-        gpu=lambda wildcards: keys_of(wildcards).model_config.resources.gpu,
+        mem_mb=memory("speed"),
+        runtime=minutes("speed"),
+        gpu=gpus,
     params:
         stale=speed_state,
     shell:

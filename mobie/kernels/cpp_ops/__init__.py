@@ -13,7 +13,7 @@ Measured on one core (benchmarks/cpu_decode.py, where the numbers are): see `mob
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,13 +41,13 @@ OPERATORS = torch.ops.mobie_cpu
 
 
 @torch.library.register_fake("mobie_cpu::binary_grouped")
-def _binary_grouped_shape(signs: Tensor, *inputs: Tensor | int | bool) -> Tensor:
+def _binary_grouped_shape(signs: Tensor, *inputs: Any) -> Tensor:
     x, pairs = inputs[7], inputs[10]
     return x.new_empty(pairs, signs.shape[1], signs.shape[2])
 
 
 @torch.library.register_fake("mobie_cpu::binary_linear")
-def _binary_linear_shape(signs: list[Tensor], *inputs: list[Tensor] | Tensor | int) -> Tensor:
+def _binary_linear_shape(signs: list[Tensor], *inputs: Any) -> Tensor:
     x = inputs[-1]
     return x.new_empty(x.shape[0], signs[0].shape[1])
 

@@ -264,7 +264,7 @@ def binary_linear(matrix: BinaryTensors, x: Tensor, bias: Tensor | None = None) 
     if len(x) > DECODE_TOKENS:
         return linear(x, decode(matrix).to(x.dtype), None if bias is None else bias.to(x.dtype))
     runs = runs_of(matrix)
-    first, second = (*runs.segments, None)[:2]
+    first, second = runs.segments[0], runs.segments[1] if len(runs.segments) > 1 else None
     scaled = _scale(runs, x)
     out = x.new_empty(len(x), matrix.rows)
     tile = fit_tokens(sizes_for("binary_linear", "16bit-few", x.device), len(x))

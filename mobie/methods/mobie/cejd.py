@@ -8,8 +8,14 @@ The wide matrix is never decomposed: its Gram matrix, `out × out` or `in × in`
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from mobie.packing.bank import Side
+
+SIDES: tuple[Side, ...] = ("left", "right")
 
 
 def joint_svd(bank: Tensor, side: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -48,8 +54,8 @@ def basis_bytes(out_features: int, in_features: int, side: str) -> int:
     return (out_features if side == "left" else in_features) ** 2
 
 
-def choose_side(side: str, out_features: int, in_features: int) -> str:
+def choose_side(side: Side | Literal["fewest_bytes"], out_features: int, in_features: int) -> Side:
     """Resolve "fewest_bytes" to the side with the smaller basis; "left" and "right" stay."""
     if side != "fewest_bytes":
         return side
-    return min(("left", "right"), key=lambda s: basis_bytes(out_features, in_features, s))
+    return min(SIDES, key=lambda s: basis_bytes(out_features, in_features, s))

@@ -147,7 +147,9 @@ class MoBiE(Method):
     def _joint_banks(self, bank: ExpertBank) -> dict[str, tuple[str, ...]]:
         """Name under which it is stored → projections that are decomposed together."""
         if self.joint_svd == "fused_gate_up" and {"gate", "up"} <= bank.projections.keys():
-            others = {name: (name,) for name in bank.projections if name not in ("gate", "up")}
+            others: dict[str, tuple[str, ...]] = {
+                name: (name,) for name in bank.projections if name not in ("gate", "up")
+            }
             return {GATE_UP: ("gate", "up")} | others
         return {name: (name,) for name in bank.projections}
 

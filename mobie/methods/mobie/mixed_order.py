@@ -102,7 +102,9 @@ def binarize(
     """
     work = weight.clone()
     everywhere = torch.ones_like(salient)
-    signs, rows, columns = ([], []), ([], []), ([], [])
+    signs: tuple[list[Tensor], ...] = ([], [])
+    rows: tuple[list[Tensor], ...] = ([], [])
+    columns: tuple[list[Tensor], ...] = ([], [])
     for start in range(0, weight.shape[2], block_size):
         block = slice(start, start + block_size)
         target = work[..., block]

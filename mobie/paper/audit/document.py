@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from mobie.errors import ConfigError, unknown_name
+from mobie.parsing import parse_yaml
 
 FILE = "claims.yaml"
 Severity = Literal["info", "notice", "inconsistency"]
@@ -217,13 +218,10 @@ def load_document(folder: Path) -> Document:
 
 
 def _parse_yaml(text: str, path: Path) -> Any:
-    import yaml
-
-    try:  # libyaml is ten times as fast and not in every build
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        return yaml.load(text, Loader=loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
 
 
 def _explain(problem: Mapping[str, Any]) -> str:

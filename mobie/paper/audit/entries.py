@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-from mobie.paper.audit.document import Column
 from mobie.paper.audit.expressions import Entry
 from mobie.paper.audit.report import Finding
 from mobie.paper.audit.tables import Paper, Row, Table
@@ -49,7 +48,8 @@ def check_averages(paper: Paper) -> Iterator[Finding]:
 def recomputed(row: Row, parts: Sequence[str]) -> float | None:
     """Mean of the parts of an average, None where a part is no number."""
     values = [row[part].value for part in parts]
-    return None if None in values else fmean(values)
+    numbers = [value for value in values if value is not None]
+    return fmean(numbers) if len(numbers) == len(values) else None
 
 
 def _averages(table: Table, column: str, parts: Sequence[str]) -> Iterator[Finding]:
@@ -153,14 +153,14 @@ def check_chance(paper: Paper) -> Iterator[Finding]:
         for name in table.with_role("accuracy"):
             column = table.columns[name]
             if column.chance and column.items:
-                yield from _below_chance(table, name, column)
+                yield from _below_chance(table, name, column.chance, column.items)
 
 
-def _below_chance(table: Table, name: str, column: Column) -> Iterator[Finding]:
-    error = standard_error(column.chance, column.items)
-    limit = column.chance - FAR_BELOW_CHANCE * error
+def _below_chance(table: Table, name: str, chance: float, items: int) -> Iterator[Finding]:
+    error = standard_error(chance, items)
+    limit = chance - FAR_BELOW_CHANCE * error
     low = [row for row in table.rows if row[name].value is not None and row[name].number < limit]
-    far = f"more than {FAR_BELOW_CHANCE:g} standard errors below the {column.chance:g} of guessing"
+    far = f"more than {FAR_BELOW_CHANCE:g} standard errors below the {chance:g} of guessing"
     where = f"{table.where}, {name}"
     if not low:
         sentence = f"no entry is {far}"
@@ -173,7 +173,7 @@ def _below_chance(table: Table, name: str, column: Column) -> Iterator[Finding]:
         "notice",
         f"{len(low)} of {len(table.rows)} entries are {far}",
         tuple(f"{row.label} {row[name].text}" for row in low),
-        f"standard error at {column.chance:g} % of {column.items} items: {error:.2f}; limit {limit:.2f}",
+        f"standard error at {chance:g} % of {items} items: {error:.2f}; limit {limit:.2f}",
         CHANCE_EXPLANATIONS,
     )
 

@@ -54,7 +54,7 @@ Values = Mapping[str, Entry | Sequence[Entry]]
 def parse_entry(text: str, decimals: int | None = None, exact: bool = False) -> Entry:
     """A printed number with the rounding its text shows: `14.37` ± 0.005, `7e2` ± 50; `decimals` overrules the text."""
     text = text.strip()
-    found = re.fullmatch(r"[-+]?\d+(?:\.(\d+))?(?:e([-+]?\d+))?", text)
+    found = re.fullmatch(r"[-+]?\d{1,30}(?:\.(\d{1,30}))?(?:e([-+]?\d{1,2}))?", text)
     if found is None:
         return Entry(text, None)
     shown = len(found[1] or "") - int(found[2] or 0)
@@ -100,15 +100,17 @@ def shown(expression: str, values: Values) -> str:
 
 def _numbers(entry: Entry | Sequence[Entry]) -> float | tuple[float, ...]:
     """The number, or those of a list, where labels (which can only be counted) are NaN."""
-    if isinstance(entry, Entry):
-        return entry.number
-    return tuple(math.nan if part.value is None else part.value for part in entry)
+    return entry.number if isinstance(entry, Entry) else _listed(entry)
+
+
+def _listed(entries: Sequence[Entry]) -> tuple[float, ...]:
+    return tuple(math.nan if part.value is None else part.value for part in entries)
 
 
 def _moved(entry: Entry | Sequence[Entry], position: int, step: float) -> float | tuple[float, ...]:
     if isinstance(entry, Entry):
         return entry.number + step
-    return tuple(number + (step if index == position else 0.0) for index, number in enumerate(_numbers(entry)))
+    return tuple(number + (step if index == position else 0.0) for index, number in enumerate(_listed(entry)))
 
 
 def _parse(expression: str) -> ast.expr:

@@ -9,12 +9,20 @@ from dataclasses import dataclass
 
 from mobie.errors import ConfigError, unknown_name
 from mobie.paper.audit import document as doc
+from mobie.paper.audit import report
 from mobie.paper.audit.entries import EPSILON, recomputed
 from mobie.paper.audit.expressions import Entry, evaluate, parse_entry, shown
 from mobie.paper.audit.report import ClaimResult, Finding, Verdict
 from mobie.paper.audit.tables import Paper, Row, Table
 
 STATED = {"equals": "", "at_least": "at least ", "at_most": "at most ", "above": "above ", "below": "below "}
+
+#: how a verdict on a statement is called in the list of findings
+FOUND: dict[Verdict, report.Outcome] = {
+    "supported by the entries": "agrees",
+    "contradicted by the paper's own entries": "differs",
+    "not checkable": "not checkable",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def _judge(paper: Paper, claim: doc.Claim) -> tuple[Finding, ClaimResult]:
     finding = Finding(
         "statement",
         f"{', '.join(claim.where)} ({claim.id}): {claim.claim}",
-        {"supported by the entries": "agrees", "not checkable": "not checkable"}.get(verdict, "differs"),
+        FOUND[verdict],
         severity,
         reason,
         tuple(dict.fromkeys(entry for case in cases for entry in case.entries)),

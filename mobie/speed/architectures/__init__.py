@@ -7,9 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mobie.errors import ConfigError, unknown_name
+from mobie.parsing import parse_yaml
 
 FOLDER = Path(__file__).parent
 #: in the order of tables; the names are those of workflow/config/models
@@ -45,5 +44,5 @@ def load_shape(name: str) -> Shape:
     """An architecture by its name. Raises `ConfigError` for an unknown one."""
     if name not in NAMES:
         raise ConfigError(unknown_name("architecture", name, NAMES))
-    values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    values = parse_yaml((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     return Shape(name, **values)

@@ -45,7 +45,7 @@ class Runner(ABC):
     tried:     whether it was ever run by this project; an untried plug-in is named as such.
     """
 
-    name: ClassVar[str] | str
+    name: str
     weights: ClassVar[Weights]
     int8_head: bool = False
     tried: ClassVar[bool] = True

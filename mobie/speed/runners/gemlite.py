@@ -24,7 +24,7 @@ IMPLEMENTATION = "mobie-gemlite"
 class Gemlite(Runner):
     """Experts as gemlite Linears of one bit; everything else as in the library's model."""
 
-    name: ClassVar[str] = "gemlite"
+    name = "gemlite"
     weights: ClassVar[Weights] = "own"
     tried: ClassVar[bool] = False
 

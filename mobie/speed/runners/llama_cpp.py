@@ -23,7 +23,7 @@ TIMEOUT_SECONDS = 900
 class LlamaCpp(Runner):
     """The program prints one line of JSON with the times of prompt processing and of token generation."""
 
-    name: ClassVar[str] = "llama.cpp"
+    name = "llama.cpp"
     weights: ClassVar[Weights] = "own"
     tried: ClassVar[bool] = False
 

