@@ -51,6 +51,7 @@ from mobie.packing.checkpoint import (
 )
 from mobie.packing.folder import finish_folder, refuse_quantized
 from mobie.packing.summary import bits_by_component, scale_summary
+from mobie.storage import make_folder, remove_abandoned
 
 BATCH_SEQUENCES = 8
 DEFAULT_POLICY = CalibrationPolicy()
@@ -235,6 +236,7 @@ def quantize(
     model = load_full_precision(model_folder)
     check_attention(model)
     _check_calibration(calibration, model)
+    remove_abandoned(make_folder(out))  # of files that a killed job had begun or just finished
     loop = _Loop(model, adapter, method, policy, out, fingerprint)
     batches = list(calibration.split(BATCH_SEQUENCES))
     if method.needs_gradients:
@@ -335,7 +337,7 @@ class _Loop:
         path = block_path(self.out, index)
         if not path.exists() or read_fingerprint(path) != self._shard_fingerprint(index):
             return False
-        load_block(path)  # refuses a damaged file before anything is computed
+        load_block(path, verify=True)  # refuses a damaged file before anything is computed
         return True
 
     def _pass_by(self, block: nn.Module) -> Stream:

@@ -77,7 +77,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     make_folder(path.parent)
     with storage_errors(path):
-        _remove_abandoned(path)
+        remove_abandoned(path.parent, path.name)
         with _held_folder(path.with_name(f".{path.name}.{os.getpid()}.tmp")) as folder:
             temporary = folder / path.name
             yield temporary
@@ -123,14 +123,14 @@ def _lock(descriptor: int, operation: int) -> bool:
     return True
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove temporary folders of `path` that no living process holds."""
-    form = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp")
-    for name in os.listdir(path.parent):
-        if form.fullmatch(name):
-            with suppress(OSError), _opened(path.with_name(name)) as descriptor:
+def remove_abandoned(folder: Path, name: str | None = None) -> None:
+    """Remove temporary folders in `folder` that no living process holds: of the file `name`, or of any."""
+    form = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.\d+\.tmp")
+    for found in os.listdir(folder):
+        if form.fullmatch(found):
+            with suppress(OSError), _opened(folder / found) as descriptor:
                 if _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    shutil.rmtree(path.with_name(name), ignore_errors=True)
+                    shutil.rmtree(folder / found, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -21,7 +21,6 @@ from mobie.errors import DataError
 from mobie.methods.base import Method
 from mobie.models.base import Adapter
 from mobie.packing.checkpoint import read_tensors, save_tensors
-from mobie.sealed import content_digest
 
 
 class _LayerGradients:
@@ -116,9 +115,8 @@ def save_token_weights(path: Path, weights: TokenWeights, fingerprint: str) -> N
 
 
 def save_checked(path: Path, tensors: Mapping[str, Tensor], fingerprint: str, notes: Mapping[str, Any]) -> None:
-    """Write tensors with what they belong to, a hash of their content, and JSON values. Raises `StorageError`."""
-    sealed = content_digest(tensors, notes)
-    save_tensors(path, tensors, {"fingerprint": fingerprint, "notes": notes, "sha256": sealed})
+    """Write tensors with what they belong to and JSON values. Raises `StorageError`."""
+    save_tensors(path, tensors, {"fingerprint": fingerprint, "notes": notes})
 
 
 def load_checked(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -129,16 +127,12 @@ def load_checked(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[
     """
     if not path.exists():
         return None
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = read_tensors(path, verify=True)
     if metadata.get("fingerprint") != fingerprint:
         return None
-    notes = metadata.get("notes")
-    if not isinstance(notes, dict) or content_digest(tensors, notes) != metadata.get("sha256"):
-        raise DataError(
-            f"{path}: its content is not what was written, expected that of the hash in its header; delete it and run "
-            "the same command again"
-        )
-    return tensors, notes
+    if not isinstance(metadata.get("notes"), dict):
+        raise DataError(f"{path}: no notes beside the tensors; delete it and run the same command again")
+    return tensors, metadata["notes"]
 
 
 def load_token_weights(path: Path, fingerprint: str) -> TokenWeights | None:

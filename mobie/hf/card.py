@@ -21,7 +21,7 @@ from mobie.paths import Layout
 from mobie.provenance import file_hash
 from mobie.records import Measurement, Record, read_record
 from mobie.results import Cell
-from mobie.storage import write_text
+from mobie.storage import storage_errors, write_text
 
 REFERENCE = "fp16"
 CARD = "README.md"
@@ -86,7 +86,8 @@ def refresh_card(keys: Keys) -> Path | None:
     folder = keys.checkpoint
     if not (folder / MANIFEST).is_file() or not keys.record("quantize").is_file():
         return None
-    with FileLock(keys.record("quantize").with_name(".card.lock")):
+    lock = keys.record("quantize").with_name(".card.lock")
+    with storage_errors(lock), FileLock(lock):
         record = read_record(keys.record("quantize"))
         if not record.ok or record.details["manifest"] != file_hash(folder / MANIFEST):
             return None

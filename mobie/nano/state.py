@@ -40,7 +40,7 @@ def read_state(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) ->
     Raises:
         DataError: the file is damaged, or is of another recipe.
     """
-    tensors, told = read_tensors(path)
+    tensors, told = read_tensors(path, verify=True)
     states: list[dict[int, dict[str, Any]]] = [defaultdict(dict) for _ in optimizers]
     try:
         for name, tensor in tensors.items():

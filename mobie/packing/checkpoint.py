@@ -35,6 +35,7 @@ from mobie.packing import bank, binary, dense, grid  # noqa: F401 (registers the
 from mobie.packing.base import FORMATS, Packed
 from mobie.packing.dense import Dense16
 from mobie.parsing import parse_json
+from mobie.sealed import SEAL, content_digest
 from mobie.storage import atomic_write, no_memory
 
 if TYPE_CHECKING:
@@ -124,23 +125,26 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Write a safetensors file atomically; `metadata` are JSON values.
 
     They go into one entry of the file's metadata: safetensors writes several in no fixed order, and equal contents
-    shall give equal bytes.
+    shall give equal bytes. The content's hash is among them.
 
     Raises:
         StorageError: the file cannot be written (disk full, read-only folder).
     """
-    entry = {METADATA: json.dumps(metadata, sort_keys=True, separators=(",", ":"))}
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    sealed = dict(metadata) | {SEAL: content_digest(whole, metadata)}
+    entry = {METADATA: json.dumps(sealed, sort_keys=True, separators=(",", ":"))}
     with atomic_write(path) as temporary:
         try:
-            save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata=entry)
+            save_file(whole, temporary, metadata=entry)
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
 
-def read_tensors(path: Path, *, values: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, *, values: bool = True, verify: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a file that `save_tensors` wrote.
 
     values: False reads the file's header only and gives tensors on the device `meta`.
+    verify: compare the content with its hash; for files that no manifest lists yet.
 
     Raises:
         DataError: the file is missing, truncated or not such a file.
@@ -149,7 +153,11 @@ def read_tensors(path: Path, *, values: bool = True) -> tuple[dict[str, Tensor],
         with safe_open(path, "pt") as file:
             metadata = dict(parse_json((file.metadata() or {})[METADATA]))
             read = file.get_tensor if values else lambda name: _without_values(file.get_slice(name))
-            return {name: read(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+            tensors = {name: read(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        seal = metadata.pop(SEAL)
+        if verify and (found := content_digest(tensors, metadata)) != seal:
+            raise ValueError(f"its content has the sha256 {found}, expected {seal} as written in it")
+        return tensors, metadata
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         if no_memory(error):  # the file may be whole
             raise MemoryError(f"{path}: no memory left to read it") from error
@@ -196,13 +204,13 @@ def save_block(path: Path, block: PackedBlock, fingerprint: str, details: Mappin
     save_tensors(path, tensors, {"details": details, "fingerprint": fingerprint, "headers": headers, "names": where})
 
 
-def load_block(path: Path, *, values: bool = True) -> Shard:
-    """Read one block's shard; without `values` its tensors are on the device `meta`.
+def load_block(path: Path, *, values: bool = True, verify: bool = False) -> Shard:
+    """Read one block's shard; `values` and `verify` as in `read_tensors`.
 
     Raises:
         DataError: the file is missing or damaged, or holds a format that this version does not know.
     """
-    tensors, metadata = read_tensors(path, values=values)
+    tensors, metadata = read_tensors(path, values=values, verify=verify)
     if "names" not in metadata:
         raise DataError(f"{path}: a shard of format version 1, expected {FORMAT_VERSION}; {QUANTIZE_AGAIN}")
     try:

@@ -212,7 +212,7 @@ def unpacked(program: str, image: Path) -> Path:
     """
     folder, stamp = image.with_suffix(".unpacked"), image.with_suffix(".unpacked.stamp")
     state = f"{image.stat().st_size} {image.stat().st_mtime_ns}"
-    with FileLock(image.with_suffix(".unpacked.lock")), storage_errors(folder):
+    with storage_errors(folder), FileLock(image.with_suffix(".unpacked.lock")):
         if folder.is_dir() and stamp.is_file() and stamp.read_text(encoding="ascii") == state:
             return folder
         stamp.unlink(missing_ok=True)
