@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 KEPT = "kept.safetensors"
 MANIFEST = "manifest.json"
+THREADS_FROM = 1 << 28  # bytes; below, threads do not pay
 METADATA = "mobie"  # name of the one metadata entry of a safetensors file
 QUANTIZE_AGAIN = "quantize again with this version"
 #: parameters of the library's experts modules
@@ -154,7 +155,7 @@ def read_tensors(path: Path, *, values: bool = True, verify: bool = False) -> tu
             metadata = dict(parse_json((file.metadata() or {})[METADATA]))
             read = file.get_tensor if values else lambda name: _without_values(file.get_slice(name))
             tensors = {name: read(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        seal = metadata.pop(SEAL)
+        seal = metadata.pop(SEAL, None)  # files of earlier versions have none
         if verify and (found := content_digest(tensors, metadata)) != seal:
             raise ValueError(f"its content has the sha256 {found}, expected {seal} as written in it")
         return tensors, metadata
@@ -332,23 +333,33 @@ def _is_file_name(name: str) -> bool:
 
 
 def _check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    """Raise DataError for a file whose sha256 is another, or a name that leads out of the folder.
-
-    Hashing takes the interpreter's lock for moments only.
-    """
+    """Raise DataError for a file whose sha256 is another, or a name that leads out of the folder."""
     strange = next((name for name in digests if not _is_file_name(name)), None)
     if strange is not None:
         raise DataError(
             f"{folder / MANIFEST}: lists {strange!r}, expected names of files in its folder; {QUANTIZE_AGAIN}"
         )
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: file_digest(folder / name) if (folder / name).exists() else "no file", digests)
-        for (name, expected), got in zip(digests.items(), found, strict=True):
-            if got != expected:
-                raise DataError(
-                    f"{folder / name}: sha256 {got}, expected {expected}; delete the file and run the quantize rule "
-                    "again, or fetch it again"
-                )
+    for (name, expected), got in zip(digests.items(), _digests([folder / name for name in digests]), strict=True):
+        if got != expected:
+            raise DataError(
+                f"{folder / name}: sha256 {got}, expected {expected}; delete the file and run the quantize rule "
+                "again, or fetch it again"
+            )
+
+
+def _digests(files: list[Path]) -> list[str]:
+    """sha256 of each file, or "no file"; in threads where there is much to read.
+
+    Python waits for ever for a thread that finds no memory to start with: none is started without need.
+    """
+
+    def digest(file: Path) -> str:
+        return file_digest(file) if file.exists() else "no file"
+
+    if sum(file.stat().st_size for file in files if file.exists()) < THREADS_FROM:
+        return [digest(file) for file in files]
+    with ThreadPoolExecutor() as pool:  # hashing holds the interpreter's lock for moments only
+        return list(pool.map(digest, files))
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
