@@ -130,6 +130,8 @@ def model_folder(keys: Keys, *, weights: bool = False) -> Path:
     listed, checksums = _checksums(keys)
     for name, expected in checksums.items():
         if weights or not name.endswith(".safetensors"):
+            if not (folder / name).is_file():
+                raise DataError(f"{folder / name}: no such file, and {listed} lists it; {_model_remedy(keys)}")
             got = file_hash(folder / name)
             if got != expected:
                 raise DataError(
