@@ -87,12 +87,11 @@ def test_rules_named_in_profiles_exist(repository: Layout) -> None:
             assert set(profile(name).get(key, {})) <= set(listed)
 
 
-def test_caches_of_a_container_are_named_by_one_file() -> None:
-    text = (PROFILES / "apptainer" / "caches.env").read_text()
+def test_caches_of_a_container_are_named_by_its_image() -> None:
+    text = (PROFILES.parent.parent / "containers" / "mobie.def").read_text()
     for variable in ("HF_HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR"):
-        assert re.search(rf'^{variable}="\$PWD/\.cache', text, re.MULTILINE), variable
-    assert "--env-file workflow/profiles/apptainer/caches.env" in profile("apptainer")["apptainer-args"]
-    assert "--nv" in profile("apptainer")["apptainer-args"].split()
+        assert re.search(rf'^ *export .*{variable}="\$MOBIE_CACHE', text, re.MULTILINE), variable
+    assert profile("apptainer")["apptainer-args"] == "--nv"
 
 
 @pytest.fixture
