@@ -92,35 +92,34 @@ def _held_folder(folder: Path) -> Iterator[Path]:
 
     A folder and not the file: libraries put another file in the place of the one they are told to write.
     """
-    while True:
+    descriptor = None
+    while descriptor is None:
         folder.mkdir(exist_ok=True)
-        with _opened(folder) as descriptor:
-            _lock(descriptor, fcntl.LOCK_EX)
-            # another process may have taken it for abandoned before it was locked
-            if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
-                try:
-                    yield folder
-                finally:
-                    shutil.rmtree(folder, ignore_errors=True)
-                return
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = _hold(folder, wait=True)
     try:
-        yield descriptor
+        yield folder
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
 
 
-def _lock(descriptor: int, operation: int) -> bool:
-    """Take a lock that ends with the process; False where another has it, or the file system knows no locks."""
-    try:
-        fcntl.flock(descriptor, operation)
-    except OSError:
-        return False
-    return True
+def _hold(folder: Path, *, wait: bool) -> int | None:
+    """Lock a folder until its descriptor, which is returned, is closed.
+
+    None where another process holds it (and `wait` is False), or has removed it or made it anew before it was locked.
+    """
+    with suppress(FileNotFoundError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except OSError:  # held by another process; or a file system without locks, where nothing is taken for abandoned
+            locked = wait
+        with suppress(FileNotFoundError):
+            if locked and os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return descriptor
+        os.close(descriptor)
+    return None
 
 
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
@@ -128,9 +127,11 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
     form = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.\d+\.tmp")
     for found in os.listdir(folder):
         if form.fullmatch(found):
-            with suppress(OSError), _opened(folder / found) as descriptor:
-                if _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            with suppress(OSError):
+                descriptor = _hold(folder / found, wait=False)
+                if descriptor is not None:
                     shutil.rmtree(folder / found, ignore_errors=True)
+                    os.close(descriptor)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,19 @@ def test_another_error_while_writing_passes_and_leaves_nothing(tmp_path: Path) -
         temporary.write_text("half")
         raise KeyError("x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_writers_of_one_file_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from mobie.storage import write_text
+for _ in range(400):
+    write_text(Path({str(tmp_path / "x")!r}), "whole" * 1000)
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "whole" * 1000
 
 
 def test_a_value_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from mobie.errors import DataError
 from mobie.methods.base import Method
 from mobie.models.base import Adapter
 from mobie.sealed import content_digest
-from mobie.storage import write_json
+from mobie.storage import remove_abandoned, write_json
 
 COST = "cost.json"
 LARGEST_GUIDED = 1 << 28  # bytes over all blocks; guided Hessians grow with the square of the width
@@ -71,6 +71,8 @@ class GradientFolder:
 
     def __init__(self, folder: Path, fingerprint: str, blocks: int) -> None:
         self._folder, self._fingerprint, self._blocks = folder, fingerprint, blocks
+        if folder.is_dir():
+            remove_abandoned(folder)
 
     def _weights_path(self, index: int) -> Path:
         return self._folder / f"{index:03d}.safetensors"
