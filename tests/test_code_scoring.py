@@ -541,7 +541,7 @@ def test_measurements_and_their_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {m.name: m for m in scores.measurements}
     assert found["humaneval.raw.pass@1"].stderr == pytest.approx(math.sqrt(0.5 / 2))
     assert found["humaneval.sampled.pass@1"].stderr == pytest.approx(0.25)
-    assert all(m.n == 2 and m.chance is None for m in scores.measurements)
+    assert all(m.n == 2 and m.chance == 0.0 for m in scores.measurements)
     assert scores.answers["humaneval.raw.pass@1"] == [1.0, 0.0]
     assert scores.statuses["sampled.raw"] == {
         ADD["task_id"]: ["pass/timeout", "fail/timeout"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mobie.data.problems import DatasetName, Row
 from mobie.records import Measurement
@@ -119,7 +119,8 @@ def _scores(
         for name, passes in ((dataset, _base), (f"{dataset}_plus", _plus)) if has_plus else ((dataset, _base),):
             for k in (1,) if mode == "greedy" else protocol.k:
                 values = [pass_at_k(len(vs), sum(map(passes, vs)), k) for vs in tasks.values()]
-                scores.measurements.append(mean_measurement(f"{name}{middle}.pass@{k}", values))
+                mean = mean_measurement(f"{name}{middle}.pass@{k}", values)
+                scores.measurements.append(replace(mean, chance=0.0))  # no program passes by guessing
                 scores.answers[f"{name}{middle}.pass@{k}"] = values
         scores.statuses[variant] = {task: [_word(v) for v in vs] for task, vs in tasks.items()}
     words = {(v.task_id, v.index): _word(v) for tasks in found.values() for vs in tasks.values() for v in vs}
