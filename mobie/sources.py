@@ -30,7 +30,7 @@ from mobie.storage import make_folder, storage_errors, write_text
 
 CHUNK = 1 << 20  # bytes hashed between two updates of the progress bar
 UNPINNED = "unpinned"
-CHECKSUMS = "SHA256SUMS"  # in a folder from the hub: what was fetched, as `sha256sum --check` reads it
+CHECKSUMS = "SHA256SUMS"  # in a folder from the hub or of an embedded model, as `sha256sum --check` reads it
 #: files that a data set or a model is made of; nothing that is run or unpickled when it is read
 DATA_SUFFIXES = frozenset(
     {".arrow", ".csv", ".gz", ".json", ".jsonl", ".md", ".parquet", ".tsv", ".txt", ".yaml", ".zst"}

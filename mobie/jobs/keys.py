@@ -20,10 +20,9 @@ from mobie.errors import ConfigError, DataError, unknown_name
 from mobie.parsing import parse_json
 from mobie.paths import Layout, embedded_model
 from mobie.provenance import digest, file_hash
-from mobie.sources import Source, fetch, load_sources
+from mobie.sources import CHECKSUMS, Source, fetch, load_sources
 from mobie.storage import unsealed, write_text
 
-CHECKSUMS = "SHA256SUMS"  # beside the files of an embedded model
 
 
 @dataclass(frozen=True)
