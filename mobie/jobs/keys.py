@@ -24,7 +24,6 @@ from mobie.sources import CHECKSUMS, Source, fetch, load_sources
 from mobie.storage import unsealed, write_text
 
 
-
 @dataclass(frozen=True)
 class Keys:
     """Suite, model, method and seed: they name a job's files and its record."""
