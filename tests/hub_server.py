@@ -38,7 +38,7 @@ class Hub:
 
     repositories: dict[str, HubRepository] = field(default_factory=dict)
     token: str | None = None  # the only one that is right
-    cut: dict[str, int] = field(default_factory=dict)  # file → bytes after which the connection is closed
+    cut: dict[str, list[int]] = field(default_factory=dict)  # file → bytes after which the next answers break off
     sent: dict[str, int] = field(default_factory=dict)  # file → bytes sent in all
     requests: list[str] = field(default_factory=list)
 
@@ -135,10 +135,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", repository.commit)
         self.end_headers()
         if self.command == "GET":
-            part = data[start : self.hub.cut.get(name)]
+            ends = self.hub.cut.get(name)
+            self.close_connection = bool(ends)
+            part = data[start : ends.pop(0) if ends else None]
             self.hub.sent[name] = self.hub.sent.get(name, 0) + len(part)
             self.wfile.write(part)
-            self.close_connection = name in self.hub.cut
         return None
 
     def _refuse(self, status: int, code: str, message: str = "") -> None:
