@@ -20,7 +20,7 @@ from mobie.figures.seal import read_svg, seal_svg
 from mobie.jobs.attempt import is_out_of_memory
 from mobie.paths import Layout
 from mobie.sealed import load_sealed, save_sealed
-from mobie.sources import CHECKSUMS, DATA_SUFFIXES, Source, take_over, verify
+from mobie.sources import CHECKSUMS, Source, verify
 from mobie.storage import atomic_write, unsealed, write_json, write_sealed, write_text
 
 SAMPLE = 20

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from hub_server import Hub, HubRepository
+from hub_server import Hub, HubRepository, connect
+from reliability.fault.network import git_blob
 from tiny import make_model, save_model
 from working_copy import copy_environment
 
@@ -68,13 +69,7 @@ def hub(model_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     """The real client talks to a hub of this machine, with no token but a test's own."""
     data = {"README.md": b"# text", "wikitext-2-raw-v1/test-00000.parquet": b"rows" * 100, "other/x.parquet": b"no"}
     with Hub({KEY: HubRepository.of(model_files), SET_KEY: HubRepository(data)}) as hub:
-        template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"  # as HF_ENDPOINT makes it at import
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        connect(hub, tmp_path, monkeypatch)
         yield hub
 
 
@@ -184,6 +179,27 @@ def test_a_small_file_that_changed_is_refused_and_removed(layout: Layout, hub: H
     assert (layout.hub_model(MODEL) / "model.safetensors").is_file()
     hub.repositories[KEY].files["config.json"] = before
     done("fetch", "--model", MODEL)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_file_that_is_damaged_on_its_way_is_removed(layout: Layout, hub: Hub, name: str, locked: bool) -> None:
+    if locked:
+        done("lock", MODEL)
+    hub.flipped.add(name)
+    told = refused("fetch", "--model", MODEL)
+    data = hub.repositories[KEY].files[name]
+    assert name in told and (hashlib.sha256(data).hexdigest() in told or git_blob(data) in told)
+    assert not (layout.hub_model(MODEL) / name).exists() and not layout.hub_model_stamp(MODEL).exists()
+    hub.flipped.clear()
+    done("fetch", "--model", MODEL)
+    assert model_folder(keys(layout), weights=True)
+
+
+def test_a_small_file_that_is_damaged_on_its_way_is_not_locked(layout: Layout, hub: Hub) -> None:
+    hub.flipped.add("config.json")
+    assert "config.json was damaged on its way" in refused("lock", MODEL)
+    assert not layout.lock.exists()
 
 
 def test_a_locked_file_that_the_repository_no_longer_has(layout: Layout, hub: Hub) -> None:
