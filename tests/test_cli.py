@@ -62,7 +62,7 @@ def hole(layout: Layout, method: str) -> None:
 
 
 def test_help_explains_every_verb_with_an_example_and_starts_without_torch(tmp_path: Path) -> None:
-    for library in ("torch", "transformers", "lm_eval", "datasets", "numpy"):
+    for library in ("torch", "transformers", "lm_eval", "datasets", "numpy", "huggingface_hub"):
         (tmp_path / f"{library}.py").write_text("raise ImportError('not for help')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from mobie.cli import main; main()"
     shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)

@@ -93,12 +93,16 @@ def test_settings_of_a_process_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).stdout == b"None\n"
 
 
-def test_no_verb_but_fetch_may_ask_the_network(repository: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_verb_but_fetch_and_lock_may_ask_the_network(repository: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert CliRunner().invoke(main, ["fetch", "no-such-source"]).exit_code == 2
     assert os.environ["HF_HUB_OFFLINE"] == "0"
-    assert CliRunner().invoke(main, ["methods"]).exit_code == 0
-    assert {name: os.environ.get(name) for name in determinism.LOCAL} == determinism.LOCAL
+    for verb in main.commands:
+        for name in determinism.LOCAL:
+            monkeypatch.delenv(name, raising=False)
+        assert CliRunner().invoke(main, [verb, "--help"]).exit_code == 0
+        found = {name: os.environ.get(name) for name in determinism.LOCAL}
+        assert found == (dict.fromkeys(determinism.LOCAL) if verb in ("fetch", "lock") else determinism.LOCAL), verb
 
 
 def test_a_change_of_the_settings_makes_results_stale() -> None:

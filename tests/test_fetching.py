@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from reliability.fault.network import git_blob
 from tiny import make_model, save_model
 from working_copy import copy_environment
 
-from mobie.cli import main
+from mobie.cli import ONLINE, main
 from mobie.config import _load
 from mobie.errors import ConfigError, DataError
 from mobie.fetching.mirror import mirrored_revision
@@ -490,6 +491,15 @@ def snakemake(layout: Layout, *arguments: str) -> subprocess.CompletedProcess[st
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     command = [sys.executable, "-m", "snakemake", "--cores", "1", *arguments]
     return subprocess.run(command, cwd=layout.root, env=environment, capture_output=True, text=True)
+
+
+def test_only_the_rules_that_fetch_call_a_verb_that_may_ask_the_network() -> None:
+    text = "\n".join(path.read_text() for path in sorted((PACKAGE.parent / "workflow" / "rules").glob("*.smk")))
+    bodies = re.findall(r"^ *rule (\w+|):\n(.*?)(?=^ *rule |\Z)", text, re.M | re.S)
+    verbs = {name: re.findall(r"MOBIE} ([\w-]+)", body) for name, body in bodies}
+    online = {name for name, called in verbs.items() if ONLINE & set(called)}
+    assert online == {"fetch_wheel", "fetch_github", "fetch_hub_data", "fetch_model"}
+    assert "lock" not in {verb for called in verbs.values() for verb in called}  # the lock changes by hand only
 
 
 def test_rules_take_the_mirror_and_obey_the_lock(layout: Layout, mirror: Path) -> None:

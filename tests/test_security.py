@@ -1,4 +1,4 @@
-"""Nothing that is read is run: no pickle, no remote code, no name that leaves its folder; tokens stay with fetch and lock."""
+"""Nothing that is read is run: no pickle, no remote code, no name that leaves its folder; tokens stay in two verbs."""
 
 from __future__ import annotations
 
@@ -209,7 +209,12 @@ def test_no_verb_but_fetch_has_a_token() -> None:
         'child = \'import os; print(os.environ.get("HF_TOKEN"), os.environ.get("SOME_API_KEY"))\'\n'
         "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True).stdout)\n"
     )
-    for verb, expected in (("quantize", "None None"), ("report", "None None"), ("fetch", f"{TOKEN} k12345678")):
+    for verb, expected in (
+        ("quantize", "None None"),
+        ("report", "None None"),
+        ("fetch", f"{TOKEN} k12345678"),
+        ("lock", f"{TOKEN} k12345678"),
+    ):
         shown = run_verb(code.replace("VERB", verb), HF_TOKEN=TOKEN, SOME_API_KEY="k12345678")
         assert shown.split() == expected.split(), verb
 
