@@ -26,8 +26,4 @@ include: "workflow/rules/targets.smk"
 rule all:
     default_target: True
     input:
-        [PATHS.table(table, "csv") for table in TABLES],
-        [PATHS.figure(figure, "svg") for figure in FIGURES],
-        PATHS.table("claims", "csv"),
-        PATHS.table("audit", "md"),
-        PATHS.report,
+        needs.everything(PATHS),

@@ -12,12 +12,10 @@ from snakemake_interface_executor_plugins.settings import DeploymentMethod
 
 from mobie.config import load_suite
 from mobie.containers.apptainer import apptainer_environment
-from mobie.data.texts import TEXTS
 from mobie.errors import MobieError
-from mobie.jobs import stale
+from mobie.jobs import needs, stale
 from mobie.jobs.cost import estimate
-from mobie.jobs.keys import Keys, find_source, model_files
-from mobie.jobs.score import REFERENCE, benchmark_sources, hard_sources, uses_mirror
+from mobie.jobs.keys import Keys
 from mobie.paths import Layout
 from mobie.provenance import digest
 from mobie.sources import load_sources
@@ -68,11 +66,15 @@ def keys_of(wildcards):
 
 
 @user_error
+def model_inputs(wildcards):
+    """Files that stand for a full-precision model."""
+    return needs.model_inputs(keys_of(wildcards))
+
+
+@user_error
 def text_source(text):
     """File or folder that a text is read from."""
-    if text not in TEXTS:
-        raise WorkflowError(f"unknown text {text!r}; known: {', '.join(TEXTS)}")
-    return PATHS.source(find_source(TEXTS[text].source, PATHS))
+    return needs.text_source(text, PATHS)
 
 
 def memory(kind):
@@ -101,5 +103,6 @@ def gpus(wildcards):
     return keys_of(wildcards).model_config.resources.gpu
 
 
+MODELS = user_error(needs.chosen_models)(config.get("models"), PATHS)  # `--config models=A,B`: records of these alone
 SOURCES = user_error(load_sources)(PATHS.sources)
 user_error(load_suite)(SUITE, PATHS)  # names checked before anything else

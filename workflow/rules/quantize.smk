@@ -2,8 +2,7 @@
 # starts, and the finished blocks in checkpoint/ are what a killed job goes on from. The record holds the checkpoint's hash.
 rule quantize:
     input:
-        model=lambda wildcards: model_inputs(wildcards),
-        calibration=lambda wildcards: user_error(lambda: keys_of(wildcards).calibration)(),
+        lambda wildcards: user_error(needs.quantize_inputs)(keys_of(wildcards)),
     output:
         PATHS.record("{suite}", "{model}", "{method}", "{seed}", "quantize"),
     log:
