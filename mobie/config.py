@@ -80,6 +80,7 @@ class ModelConfig(Strict):
     bytes: PositiveInt = Field(description="size of the weight files")
     resources: Resources
     calibration: Calibration
+    gated: bool = Field(default=False, description="the hub asks to accept terms and log in before it lets files go")
     chat: bool = Field(default=False, description="tuned to follow instructions: asked through its chat template")
     notes: str = Field(default="", description="what a reader of a table must know about this model")
 
