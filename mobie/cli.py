@@ -26,6 +26,7 @@ from mobie.jobs.command import (
 )
 from mobie.kernels.command import kernels_command, tune_command
 from mobie.paper.audit.command import audit_command
+from mobie.plan.command import plan_command
 from mobie.publish.command import publish_command, rebuild_command
 from mobie.redaction import redact
 from mobie.reliability import reliability_command
@@ -79,6 +80,8 @@ def main(context: click.Context) -> None:
         read_locally()
 
 
+# before anything runs
+main.add_command(plan_command)
 # data, models and records
 main.add_command(fetch_command)
 main.add_command(mirror_command)

@@ -4,12 +4,13 @@
             + 2 · tokens · layers · (top_k · (hidden² + width²) + 2 · hidden²) · grams / FLOP/s   Hessians
             + quantized weights · seconds per weight · (columns / COLUMNS)           the method itself
 
-    passes: 2 (observed, then as stored); with loss gradients 5 more (forward, backward with recomputation, once more for
-            guided Hessians). grams: 1, with loss gradients 1 + groups. Methods without statistics take none of either.
+    passes: 2 (observed, then as stored); with loss gradients 5 more (forward, backward with recomputation, once more
+            for guided Hessians). grams: 1, with loss gradients 1 + groups. Without statistics none of either.
 
     device memory = BLOCK_COPIES · block in float32 + chunk + batch of activations + logits of a batch
-    host memory   = what is kept: a block and the two ends of the model as they are read, hidden states of all tokens (two
-                    streams with loss gradients), inputs of a layer's experts: at most BUDGET of them, the rest on disk
+    host memory   = a block and the two ends of the model as they are read, and what is kept: hidden states of all
+                    tokens (two streams with loss gradients), inputs of a layer's experts; BUDGET of that, the rest on
+                    disk
 
 The model as a whole is never in memory, so nothing here grows with the number of blocks but what is on disk.
 """
@@ -52,13 +53,13 @@ class MethodCost:
 
 
 METHODS = {
-    "fp16": MethodCost(5e-9, 16.0, statistics=False),
-    "rtn": MethodCost(5e-8, None),
-    "gptq": MethodCost(5e-7, None),
-    "awq": MethodCost(1e-6, None),
-    "billm": MethodCost(1e-5, 3.0),
-    "arb": MethodCost(1e-5, 3.2),
-    "mobie": MethodCost(5e-6, 1.8),
+    "fp16": MethodCost(1e-9, 16.0, statistics=False),
+    "rtn": MethodCost(5e-9, None),
+    "gptq": MethodCost(2.5e-7, None),
+    "awq": MethodCost(1.7e-6, None),
+    "billm": MethodCost(1e-6, 3.0),
+    "arb": MethodCost(1.8e-6, 3.2),
+    "mobie": MethodCost(1.4e-6, 1.8),
 }
 GRID_BITS = 32  # a scale and a zero of 16 bits
 

@@ -1,8 +1,8 @@
 """The jobs behind a target: which rule makes a file, and what that rule reads, without Snakemake.
 
-Rules are a table of data: names, the files they make and what those need (`mobie.jobs.needs`, which the workflow's rules
-ask too). `tests/test_plan.py` compares the jobs with those of `snakemake -n`, rule by rule. A job is *done* when its
-files are there and no job that it reads from is to do; whether code or settings changed since is not looked at.
+Rules are a table of data: names, the files they make and what those need (`mobie.jobs.needs`, which the workflow's
+rules ask too). `tests/test_plan.py` compares the jobs with those of `snakemake -n`, rule by rule. A job is *done* when
+its files are there and no job that it reads from is to do; whether code or settings changed since is not looked at.
 """
 
 from __future__ import annotations
