@@ -141,6 +141,10 @@ def _perplexity(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     return _windows(protocol.perplexity, 1)
 
 
+def _gate(calibration: Calibration, protocol: ProtocolConfig) -> Work:
+    return _windows(protocol.gate.points(protocol.gated), 1)
+
+
 def _routing(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     return _windows((protocol.routing,), 2)
 
@@ -215,6 +219,7 @@ WORK: dict[str, Callable[[Calibration, ProtocolConfig], Work]] = {
     "calibrate": _tokenize,
     "windows": _tokenize,
     "perplexity": _perplexity,
+    "gate": _gate,
     "tasks": _tasks,
     "hard": _hard,
     "routing": _routing,
