@@ -21,9 +21,9 @@ Comparable = Literal["yes", "no", "unknown"]
 METRICS = ("acc", "acc_norm")
 #: how an average reads its tasks → for people
 READINGS = {
-    "acc": "mean of acc",
-    "acc_norm": "mean of acc_norm, acc where there is none",
-    "tables": "mean of the metrics that the tables show",
+    "acc": "acc",
+    "acc_norm": "acc_norm, acc where there is none",
+    "tables": "the metrics that the tables show",
 }
 
 
@@ -100,15 +100,22 @@ def accuracy_candidates(accuracies: Sequence[Measurement]) -> list[Candidate]:
             there = [part for part in parts if part is not None]
             if len(there) == len(parts):
                 mean = _mean(f"{column}.{reading}", there)
-                found.append(Candidate(column, READINGS[reading], reading == "tables", mean))
+                label = f"mean of {len(tasks)} tasks: {READINGS[reading]}"
+                found.append(Candidate(column, label, reading == "tables", mean))
     return found
 
 
 def _mean(name: str, parts: Sequence[Measurement]) -> Measurement:
     """Unweighted mean of accuracies, its standard error as if they were independent."""
     errors = [part.stderr for part in parts if part.stderr is not None]
-    error = math.sqrt(math.fsum(e**2 for e in errors)) / len(parts) if len(errors) == len(parts) else None
-    return Measurement(name, math.fsum(p.value for p in parts) / len(parts), error, sum(part.n for part in parts))
+    chances = [part.chance for part in parts if part.chance is not None]
+    return Measurement(
+        name,
+        math.fsum(part.value for part in parts) / len(parts),
+        math.sqrt(math.fsum(error**2 for error in errors)) / len(parts) if len(errors) == len(parts) else None,
+        sum(part.n for part in parts),
+        math.fsum(chances) / len(parts) if len(chances) == len(parts) else None,
+    )
 
 
 def tolerance(candidate: Candidate, printed: Printed, gate: GateProtocol) -> float:
