@@ -39,7 +39,7 @@ from mobie.report.command import (
     table_command,
 )
 from mobie.scoring.code.command import generate_code_command, score_code_command
-from mobie.scoring.command import score_commands
+from mobie.scoring.command import gate_command, score_commands
 from mobie.speed.command import speed_command
 
 NO_MEMORY = (
@@ -91,6 +91,7 @@ main.add_command(windows_command)
 main.add_command(quantize_command)
 for score_command in score_commands:
     main.add_command(score_command)
+main.add_command(gate_command)
 main.add_command(generate_code_command)
 main.add_command(score_code_command)
 main.add_command(speed_command)
