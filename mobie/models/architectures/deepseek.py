@@ -1,4 +1,4 @@
-"""DeepSeekMoE: shared experts, dense first blocks, the attention of Llama; the model class is `mobie.hf.deepseek_moe`."""
+"""DeepSeekMoE: shared experts, dense first blocks, Llama's attention; its model class is `mobie.hf.deepseek_moe`."""
 
 from mobie.models.architecture import ATTENTION, DENSE_MLP, SHARED_EXPERTS, Architecture
 
