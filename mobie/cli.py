@@ -26,6 +26,7 @@ from mobie.jobs.command import (
 )
 from mobie.kernels.command import kernels_command, tune_command
 from mobie.paper.audit.command import audit_command
+from mobie.plan.command import plan_command
 from mobie.publish.command import publish_command, rebuild_command
 from mobie.redaction import redact
 from mobie.reliability import reliability_command
@@ -38,7 +39,7 @@ from mobie.report.command import (
     table_command,
 )
 from mobie.scoring.code.command import generate_code_command, score_code_command
-from mobie.scoring.command import score_commands
+from mobie.scoring.command import gate_command, score_commands
 from mobie.speed.command import speed_command
 
 NO_MEMORY = (
@@ -79,6 +80,8 @@ def main(context: click.Context) -> None:
         read_locally()
 
 
+# before anything runs
+main.add_command(plan_command)
 # data, models and records
 main.add_command(fetch_command)
 main.add_command(lock_command)
@@ -89,6 +92,7 @@ main.add_command(windows_command)
 main.add_command(quantize_command)
 for score_command in score_commands:
     main.add_command(score_command)
+main.add_command(gate_command)
 main.add_command(generate_code_command)
 main.add_command(score_code_command)
 main.add_command(speed_command)

@@ -29,7 +29,7 @@ from mobie.records import VOLATILE_MEASUREMENTS, stable
 
 #: verb → what it must call, so that a new verb has to be put somewhere
 WITH_TORCH = {
-    *("train-nano", "calibrate", "windows", "quantize", "generate-code", "speed", "try"),
+    *("train-nano", "calibrate", "windows", "quantize", "gate", "generate-code", "speed", "try"),
     *(name for name in main.commands if name.startswith("score-") and name != "score-code"),
 }
 FROM_RECORDS = {"table", "figure", "sensitivity", "claims", "report", "readme", "publish", "rebuild"}
