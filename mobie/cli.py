@@ -16,10 +16,10 @@ from mobie.check.command import check_command
 from mobie.determinism import read_locally
 from mobie.doctor.command import doctor_command
 from mobie.errors import MobieError
+from mobie.fetching.command import fetch_command, lock_command
 from mobie.jobs.attempt import is_out_of_memory
 from mobie.jobs.command import (
     calibrate_command,
-    fetch_command,
     mirror_command,
     quantize_command,
     train_nano_command,
@@ -40,14 +40,14 @@ from mobie.report.command import (
     table_command,
 )
 from mobie.scoring.code.command import generate_code_command, score_code_command
-from mobie.scoring.command import score_commands
+from mobie.scoring.command import gate_command, score_commands
 from mobie.speed.command import speed_command
 
 NO_MEMORY = (
     "no memory left; finished files are as they were; close other programs, or use a machine with more memory, and run "
     "the same command again"
 )
-ONLINE = {"fetch"}  # every other verb reads local files only
+ONLINE = {"fetch", "lock"}  # every other verb reads local files only
 LOOKS_FIRST = {"doctor"}  # at the environment as it is, then drops its secrets by itself
 
 
@@ -87,6 +87,7 @@ main.add_command(plan_command)
 main.add_command(doctor_command)
 # data, models and records
 main.add_command(fetch_command)
+main.add_command(lock_command)
 main.add_command(mirror_command)
 main.add_command(train_nano_command)
 main.add_command(calibrate_command)
@@ -94,6 +95,7 @@ main.add_command(windows_command)
 main.add_command(quantize_command)
 for score_command in score_commands:
     main.add_command(score_command)
+main.add_command(gate_command)
 main.add_command(generate_code_command)
 main.add_command(score_code_command)
 main.add_command(speed_command)

@@ -20,6 +20,7 @@ from mobie.paths import Layout, find_root
 from mobie.provenance import digest
 from mobie.scoring.cka import CkaProtocol
 from mobie.scoring.code.protocol import CodeProtocol
+from mobie.scoring.gate import GateProtocol
 from mobie.scoring.generations import GenerationsProtocol
 from mobie.scoring.hard import HardProtocol
 from mobie.scoring.perplexity import PerplexityProtocol
@@ -135,11 +136,27 @@ class ProtocolConfig(Strict):
     hard: HardProtocol
     code: CodeProtocol
     speed: SpeedProtocol
+    gate: GateProtocol
 
     @property
     def texts(self) -> tuple[str, ...]:
         """Texts of the perplexities, in order."""
         return tuple(part.text for part in self.perplexity)
+
+    @model_validator(mode="after")
+    def _gate_text(self) -> ProtocolConfig:
+        if self.gate.text not in self.texts:
+            raise ValueError(f"gate: text {self.gate.text!r} is none of the perplexities: {', '.join(self.texts)}")
+        return self
+
+    @property
+    def gated(self) -> PerplexityProtocol:
+        """The suite's own perplexity protocol on the text of its gate."""
+        return next(part for part in self.perplexity if part.text == self.gate.text)
+
+    def gate_digest(self) -> str:
+        """SHA-256 of what decides the records of the gate: its grid, the own point in it, and the tasks."""
+        return digest([self.gate.gate_digest(self.gated), self.tasks.digest()])
 
 
 class Sweep(Strict):

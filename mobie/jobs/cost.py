@@ -214,6 +214,10 @@ def _perplexity(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     return _windows(protocol.perplexity, 1)
 
 
+def _gate(calibration: Calibration, protocol: ProtocolConfig) -> Work:
+    return _windows(protocol.gate.points(protocol.gated), 1)
+
+
 def _routing(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     return _windows((protocol.routing,), 2)
 
@@ -299,6 +303,7 @@ WORK: dict[str, Callable[[Calibration, ProtocolConfig], Work]] = {
     "calibrate": _tokenize,
     "windows": _tokenize,
     "perplexity": _perplexity,
+    "gate": _gate,
     "tasks": _tasks,
     "hard": _hard,
     "routing": _routing,

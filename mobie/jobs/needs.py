@@ -11,6 +11,7 @@ from mobie.errors import ConfigError, unknown_name
 from mobie.figures import FIGURES, figure_records
 from mobie.jobs.code import code_sources
 from mobie.jobs.data import windows_path
+from mobie.jobs.gate import gate_keys
 from mobie.jobs.keys import Keys, find_source, model_files
 from mobie.jobs.score import COMPARED, REFERENCE, benchmark_sources, hard_sources, uses_mirror
 from mobie.paths import Layout
@@ -59,6 +60,13 @@ def score_inputs(keys: Keys, kind: str) -> list[Path]:
         else:
             found += [keys.layout.source(source) for source in sources]
     return list(dict.fromkeys(found))
+
+
+def gate_inputs(keys: Keys) -> list[Path]:
+    """The checkpoint in 16 bits, which its record stands for, its zero-shot record, and the text of the grid."""
+    reference = gate_keys(keys)
+    text = text_source(keys.protocol.gate.text, keys.layout)
+    return [reference.record("quantize"), reference.record("tasks"), text]
 
 
 def problem_files(keys: Keys) -> list[Path]:

@@ -9,6 +9,7 @@ rule quantize:
         PATHS.log("{suite}", "{model}", "{method}", "s{seed}", "quantize"),
     benchmark:
         PATHS.benchmark("{suite}", "{model}", "{method}", "s{seed}", "quantize")
+    priority: priority_of_gate
     threads: 1
     resources:
         mem_mb=memory("quantize"),

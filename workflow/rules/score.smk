@@ -54,6 +54,7 @@ for kind in stale.SCORERS:
             PATHS.log("{suite}", "{model}", "{method}", "s{seed}", kind),
         benchmark:
             PATHS.benchmark("{suite}", "{model}", "{method}", "s{seed}", kind)
+        priority: priority_of_gate if kind == "tasks" else 0
         threads: 1
         resources:
             mem_mb=memory(kind),
