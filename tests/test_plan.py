@@ -157,8 +157,8 @@ def test_memory_of_quantizing_follows_the_block_and_not_the_model() -> None:
     size = size_of(load_model_config("olmoe-1b-7b", HERE))
     twice = replace(size, layers=2 * size.layers, parameters=2 * size.parameters, active=2 * size.active)
     one, two = (quantize_cost.block_memory(config, s, calibration) for s in (size, twice))
-    assert (one.device, one.host, one.work) == (two.device, two.host, two.work)
-    assert two.kept > 1.5 * one.kept
+    assert (one.device, one.host) == (two.device, two.host)
+    assert two.kept > 1.5 * one.kept and two.work > 1.5 * one.work  # on disk
     keys = Keys(HERE, "paper", "qwen3-30b-a3b", 0, "mobie")
     need = expect("quantize", keys)
     assert need.device_mb < 24 * 1024 and need.host_mb < keys.model_config.bytes / 2**20
