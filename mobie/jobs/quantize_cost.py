@@ -8,7 +8,7 @@
             for guided Hessians). Methods without statistics take neither passes nor products.
 
     device memory = BLOCK_COPIES · block in float32 + chunk + cached Hessians + activations of a batch + both ends
-    host memory   = a block and both ends as they are read + kept activations (at most BUDGET) + token weights of a block
+    host memory   = a block and both ends as they are read + kept activations (up to BUDGET) + token weights of a block
     disk at work  = kept activations beyond BUDGET; with loss gradients what enters every block, if that is more
 
 The block loop keeps hidden states of all tokens and inputs of the layer's experts, both once more with loss gradients.
@@ -109,7 +109,7 @@ def gradient_bytes(config: MethodConfig, size: Size, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class Effort:
-    """Work of a quantize job: floating-point operations in the model and in Hessians, seconds on a core for the rest."""
+    """Work of a quantize job: floating-point operations in the model and in Hessians, seconds on a core beside."""
 
     flops: float
     gram_flops: float
