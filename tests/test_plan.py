@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from test_workflow import planned, snakemake
 
 from mobie.cli import main
 from mobie.config import config_names, load_method, load_model_config, load_suite, method_classes
@@ -81,6 +82,8 @@ def test_models_restrict_the_records_of_a_target(repository: Layout) -> None:
     graph = Graph(repository, "paper", ("olmoe-1b-7b",))
     jobs = graph.jobs([TABLE2])
     assert {job.keys.model for job in jobs if job.keys is not None} == {"olmoe-1b-7b"}
+    shown = snakemake(repository.root, "-n", "--config", "suite=paper", "models=olmoe-1b-7b", "--", TABLE2)
+    assert planned(shown) == Counter(job.rule.name for job in jobs) | {"total": len(jobs)}
     every = counts(repository, "paper", TABLE2)
     assert sum(job.rule.name == "quantize" for job in jobs) * 3 == every["quantize"]
 
@@ -115,6 +118,11 @@ def test_shared_loss_gradients_are_counted_once(repository: Layout) -> None:
     assert gradients("mobie", "mobie-lambda-0.1") == one  # λ does not decide them
     assert gradients("mobie", "mobie-right") == 2 * one  # the side of the basis does
     assert gradients("gptq-w3", "mobie-cejd") == 0
+
+
+def test_training_the_embedded_model_takes_as_long_as_it_took(repository: Layout) -> None:
+    found = budget(Graph(repository, "smoke").jobs(["train_nano"]), repository)
+    assert 1 < found.total.cpu_hours < 3 and not found.models
 
 
 def test_gated_models_are_named(repository: Layout) -> None:

@@ -6,6 +6,7 @@ since jobs with a model run one after the other on one GPU.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +14,16 @@ from typing import Any
 
 from mobie.config import SPEC_MARK
 from mobie.jobs import quantize_cost
-from mobie.jobs.cost import Need, expect
+from mobie.jobs.cost import PROCESS_MB, Need, expect
 from mobie.jobs.keys import Keys
 from mobie.jobs.size import size_of
 from mobie.lock import download_bytes
-from mobie.paths import Layout
+from mobie.paths import Layout, embedded_model
 from mobie.plan.graph import Job
 from mobie.sources import Source
 
 HOUR = 3600.0
-FETCH_MODEL = "fetch_model"
+FETCH_MODEL, TRAINING = "fetch_model", "train_nano"
 
 
 @dataclass
@@ -136,7 +137,10 @@ def describe(job: Job) -> str:
 
 
 def need_of(job: Job) -> Need | None:
-    """What a job takes; None for one of seconds without a model."""
+    """What a job takes; None for one of seconds without a model. Training takes as long as it took."""
+    if job.rule.name == TRAINING:
+        record = json.loads((embedded_model("nano-olmoe") / "training.json").read_text(encoding="utf-8"))
+        return Need(record["seconds"], False, 0.0, PROCESS_MB)
     return None if job.rule.kind is None or job.keys is None else expect(job.rule.kind, job.keys)
 
 
