@@ -36,6 +36,7 @@ from mobie.storage import make_folder, storage_errors, write_text
 UNPINNED = "unpinned"
 HUB = "hub"
 CHECKSUMS = "SHA256SUMS"  # in a folder from the hub or of an embedded model, as `sha256sum --check` reads it
+SNAKEMAKE_MARK = ".snakemake_timestamp"  # in every folder that a rule declares as its output
 GITHUB = "https://raw.githubusercontent.com"
 DOWNLOAD_TIMEOUT = 60  # seconds without an answer
 
@@ -216,8 +217,9 @@ def _listed(folder: Path) -> dict[str, str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files of a downloaded folder, without the list of their hashes."""
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / CHECKSUMS)
+    """Files of a downloaded folder, without the list of their hashes and the mark that Snakemake leaves in folders."""
+    notes = {folder / CHECKSUMS, folder / SNAKEMAKE_MARK}
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file not in notes)
 
 
 @contextmanager
