@@ -68,10 +68,11 @@ def test_help_explains_every_verb_with_an_example_and_starts_without_torch(tmp_p
     shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     work = "fetch lock mirror train-nano calibrate windows quantize gate generate-code score-code speed try chat"
+    before = "plan doctor"
     targets = "table figure claims report audit sensitivity readme methods schema kernels tune"
     results = "check publish rebuild reliability"
     scores = {f"score-{kind}" for kind in stale.SCORERS}
-    assert set(main.commands) == {*work.split(), *targets.split(), *results.split(), *scores}
+    assert set(main.commands) == {*before.split(), *work.split(), *targets.split(), *results.split(), *scores}
     for name, verb in main.commands.items():
         assert f"\n  {name} " in shown.stdout
         assert f"python -m mobie {name}" in verb.help

@@ -36,7 +36,7 @@ FROM_RECORDS = {"table", "figure", "sensitivity", "claims", "report", "readme", 
 #: they copy, check, count, list or talk, and store no value that a model computed; score-code starts other programs
 NEITHER = {
     *("fetch", "lock", "mirror", "audit", "check", "reliability", "methods", "schema", "kernels", "tune", "chat"),
-    "score-code",
+    *("score-code", "plan", "doctor"),
 }
 #: calls that set what the one place sets, and files that may have them: seeds of training and of sampling are options
 SETTERS = {"set_num_threads", "use_deterministic_algorithms", "set_float32_matmul_precision"}
