@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import gate_records
 import numpy as np
 import pytest
 import scipy.stats
@@ -271,6 +272,8 @@ def put_all(layout: Layout, suite: str) -> None:
             put(layout, suite, model, method, kind, [Measurement("repetition", 0.1 + place / 100, 0.01, 5)], {})
         elif kind == "speed":
             put(layout, suite, model, method, kind, [Measurement("tokens_per_second", 20.0 + place, 0.5, 32)], {})
+        elif kind == "gate":
+            put(layout, suite, model, method, kind, gate_records.MEASUREMENTS, gate_records.details())
         else:
             raise AssertionError(f"no records of kind {kind} in this test")
 
