@@ -81,6 +81,7 @@ class ModelConfig(Strict):
     bytes: PositiveInt = Field(description="size of the weight files")
     resources: Resources
     calibration: Calibration
+    gated: bool = Field(default=False, description="the hub asks to accept terms and log in before it lets files go")
     chat: bool = Field(default=False, description="tuned to follow instructions: asked through its chat template")
     notes: str = Field(default="", description="what a reader of a table must know about this model")
 
@@ -358,7 +359,11 @@ def load_protocol(name: str, layout: Layout | None = None) -> ProtocolConfig:
 
 def load_suite(name: str, layout: Layout | None = None) -> SuiteConfig:
     """`workflow/config/suites/<name>.yaml`, with the names of models, methods and protocol in it checked."""
-    layout = layout or default_layout()
+    return _checked_suite(name, layout or default_layout())
+
+
+@cache  # asked for by every job of a plan
+def _checked_suite(name: str, layout: Layout) -> SuiteConfig:
     suite = _load(SuiteConfig, "suites", "suite", name, layout)
     path = layout.config_file("suites", name)
     used_models = {name for models in suite.targets.values() for name in models} - set(suite.absent_models)

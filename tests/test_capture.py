@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tiny import EXPERTS, TOP_K, WIDTH, SilentObserver, make_model, random_tokens
+from tiny import EXPERTS, TOP_K, SilentObserver, experts_by_hand, inner_by_hand, make_model, random_tokens
 from torch import Tensor, nn
 
 from mobie.calibration.capture import (
@@ -104,10 +104,10 @@ def run_observed(model: nn.Module, adapter: Adapter, batches: tuple[Tensor, ...]
 
 
 def inner_of(module: nn.Module, x: Tensor, expert: int) -> Tensor:
-    """Input of an expert's down projection in float64, SwiGLU written out."""
-    gate, up = module.gate_up_proj[expert].detach().double().split(WIDTH)
-    z = x @ gate.T
-    return z * torch.sigmoid(z) * (x @ up.T)
+    """Input of an expert's down projection in float64."""
+    own = experts_by_hand(module)
+    gate, up = (x @ own[name][expert].T + own[f"{name}_bias"][expert] for name in ("gate", "up"))
+    return inner_by_hand(module, gate, up)
 
 
 def hessian(x: Tensor) -> Tensor:
@@ -150,16 +150,19 @@ def test_observed_experts_give_the_librarys_eager_output_bit_for_bit(model_type:
     assert torch.equal(after, expected)
 
 
-def test_showing_all_tokens_does_not_change_what_the_layer_computes() -> None:
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_showing_all_tokens_does_not_change_what_the_layer_computes(model_type: str) -> None:
     class Everything(SilentObserver):
         sees_all_tokens = True
 
-    model = make_model("olmoe")
+    model = make_model(model_type)
+    adapter = Adapter(model_type)
     model.set_experts_implementation("eager")
     ids = random_tokens(2, 9)
+    experts = [adapter.experts_module(b) for b in adapter.blocks(model)]
     with torch.no_grad():
         expected = model(ids).logits
-        with observe_experts({b.mlp.experts: Everything() for b in model.model.layers}, model.config):
+        with observe_experts({e: Everything() for e in experts if e is not None}, model.config):
             assert torch.equal(model(ids).logits, expected)
 
 
@@ -235,9 +238,10 @@ def test_expert_statistics_equal_those_of_a_plain_forward(model_type: str) -> No
         assert_rows_of(pooled.sample, union)
 
 
-def test_all_experts_policy_shows_every_token_to_every_expert() -> None:
-    model = make_model("mixtral")
-    adapter = Adapter("mixtral")
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_all_experts_policy_shows_every_token_to_every_expert(model_type: str) -> None:
+    model = make_model(model_type)
+    adapter = Adapter(model_type)
     ids = random_tokens(SEQUENCES, LENGTH)
     seen = watch_plainly(model, adapter, ids)[0]
     stats = observe_model(model, adapter, ids, all_experts=True)[0].bank_stats()

@@ -35,7 +35,7 @@ WITH_TORCH = {
 FROM_RECORDS = {"table", "figure", "sensitivity", "claims", "report", "readme", "publish", "rebuild"}
 #: they copy, check, count, list or talk, and store no value that a model computed; score-code starts other programs
 NEITHER = {
-    *("fetch", "mirror", "audit", "check", "reliability", "methods", "schema", "kernels", "tune", "chat"),
+    *("fetch", "lock", "mirror", "audit", "check", "reliability", "methods", "schema", "kernels", "tune", "chat"),
     "score-code",
 }
 #: calls that set what the one place sets, and files that may have them: seeds of training and of sampling are options

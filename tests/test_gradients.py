@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import EXPERTS, HIDDEN, TOP_K, WIDTH, make_model, random_tokens
+from tiny import EXPERTS, HIDDEN, TOP_K, WIDTH, experts_by_hand, inner_by_hand, make_model, random_tokens
 from torch import Tensor, nn
 
 from mobie.calibration.capture import TokenWeights
@@ -77,10 +77,11 @@ def independent_gradients(model: nn.Module, adapter: Adapter, ids: Tensor) -> tu
             at: int = len(routing) - 1,
         ) -> Tensor:
             routing[at] = index
-            gate_weight, up_weight = module.gate_up_proj[index].split(WIDTH, dim=2)  # (tokens, k, width, hidden)
-            gate = torch.einsum("tkoi,ti->tko", gate_weight, hidden)
-            up = torch.einsum("tkoi,ti->tko", up_weight, hidden)
-            down = torch.einsum("tkoi,tki->tko", module.down_proj[index], gate * torch.sigmoid(gate) * up)
+            of = experts_by_hand(module)  # weights (tokens, k, out, in) by `index`
+            gate = torch.einsum("tkoi,ti->tko", of["gate"][index], hidden) + of["gate_bias"][index]
+            up = torch.einsum("tkoi,ti->tko", of["up"][index], hidden) + of["up_bias"][index]
+            inner = inner_by_hand(module, gate, up)
+            down = torch.einsum("tkoi,tki->tko", of["down"][index], inner) + of["down_bias"][index]
             for name, value in (("gate", gate), ("up", up), ("down", down)):
                 value.retain_grad()
                 own[name] = value

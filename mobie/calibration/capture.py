@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mobie.calibration.pooling import SAMPLE_ROWS, pool
 from mobie.methods.base import BankStats, LinearStats
+from mobie.models.experts import expert_count, expert_inputs, join_outputs, project, split_outputs
 
 EXPERTS_FUNCTION = "mobie_observed"
 
@@ -55,16 +56,16 @@ def observed_experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Ten
     """
     observer: ExpertsObserver = module.mobie_observer
     result = torch.zeros_like(hidden)
-    for expert in range(len(module.down_proj)):
-        token, slot = torch.where(top_k_index == expert)
+    for expert in range(expert_count(module)):
+        slot, token = torch.where((top_k_index == expert).T)  # the library's order: rounding may depend on it
         if observer.sees_all_tokens:
             _show_all_tokens(module, hidden, expert, token, slot)
         if not len(token):
             continue
         x = hidden[token]
-        gate, up = nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, dim=-1)
-        inner = module._apply_gate(torch.cat([gate, up], dim=-1))  # joined again so that both halves see gradients
-        z = nn.functional.linear(inner, module.down_proj[expert])
+        gate, up = split_outputs(module, project(module, "gate_up_proj", expert, x))
+        inner = module._apply_gate(join_outputs(module, gate, up))  # joined again so that both halves see gradients
+        z = project(module, "down_proj", expert, inner)
         for projection, source, output in (("gate", x, gate), ("up", x, up), ("down", inner, z)):
             if not observer.sees_all_tokens:
                 observer.inputs(projection, expert, source, token, slot)
@@ -76,7 +77,7 @@ def observed_experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Ten
 def _show_all_tokens(module: nn.Module, hidden: Tensor, expert: int, token: Tensor, slot: Tensor) -> None:
     everyone = torch.arange(len(hidden))
     slots = torch.full_like(everyone, -1).scatter(0, token, slot)
-    inner = module._apply_gate(nn.functional.linear(hidden, module.gate_up_proj[expert]))
+    inner = module._apply_gate(project(module, "gate_up_proj", expert, hidden))
     for projection, source in (("gate", hidden), ("up", hidden), ("down", inner)):
         module.mobie_observer.inputs(projection, expert, source, everyone, slots)
 
@@ -220,8 +221,8 @@ class BlockStatistics(_BlockObserver):
         self._linears = {leader: Accumulator(features, rows) for leader, features in width.items()}
         self._experts: dict[str, list[Accumulator]] = {}
         if shape.experts is not None:
-            inputs = {"gate": shape.experts.gate_up_proj.shape[2], "down": shape.experts.down_proj.shape[2]}
-            count = len(shape.experts.down_proj)
+            count, features = expert_count(shape.experts), expert_inputs(shape.experts)
+            inputs = {name: features[name] for name in ("gate", "down")}
             self._experts = {name: [Accumulator(f, rows) for _ in range(count)] for name, f in inputs.items()}
             width |= inputs
         self._means = {name: SequenceMeans(shape.sequences, features) for name, features in width.items()}
@@ -291,9 +292,8 @@ class GuidedHessians(_BlockObserver):
         self._experts: dict[str, Tensor] = {}
         self._counts: Tensor | None = None
         if shape.experts is not None:
-            hidden, inner = shape.experts.gate_up_proj.shape[2], shape.experts.down_proj.shape[2]
-            count = len(shape.experts.down_proj)
-            for name, features in (("gate", hidden), ("up", hidden), ("down", inner)):
+            count = expert_count(shape.experts)
+            for name, features in expert_inputs(shape.experts).items():
                 self._experts[name] = torch.zeros(count, groups, features, features)
             self._counts = torch.zeros(count)
 

@@ -1,4 +1,4 @@
-"""What a job or a target reads: asked by the workflow's rules and by `python -m mobie plan`, from configuration alone."""
+"""What a job or a target reads, from configuration alone: the rules and `python -m mobie plan` ask here."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from mobie.errors import ConfigError, DataError, unknown_name
 from mobie.hf.card import refresh_cards
 from mobie.jobs.attempt import attempt
 from mobie.jobs.data import read_windows
-from mobie.jobs.keys import Keys, checked_source, find_source
+from mobie.jobs.keys import Keys, checked_source, find_source, source_version
 from mobie.jobs.stale import score_code
 from mobie.provenance import collect, digest, file_hash
 from mobie.records import Measurement, Record, read_record, write_record
@@ -198,7 +198,7 @@ def _benchmark_files(keys: Keys, group: str, sources: Sequence[Source]) -> tuple
         return file, keys.layout.mirror, inputs | {"mirror": file_hash(keys.layout.mirror_stamp)}
     for source in sources:
         checked_source(source.name, keys.layout)
-    return file, keys.layout.hub_data, inputs | {source.name: source.version for source in sources}
+    return file, keys.layout.hub_data, inputs | {source.name: source_version(source, keys.layout) for source in sources}
 
 
 def hard_sources(keys: Keys) -> tuple[Source, ...]:
