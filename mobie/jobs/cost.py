@@ -217,7 +217,7 @@ def _perplexity(calibration: Calibration, protocol: ProtocolConfig) -> Work:
 
 
 def _gate(calibration: Calibration, protocol: ProtocolConfig) -> Work:
-    return _windows(protocol.gate.points(protocol.gated), 1)
+    return _windows(protocol.gate.points(protocol.gate_own), 1)
 
 
 def _routing(calibration: Calibration, protocol: ProtocolConfig) -> Work:
