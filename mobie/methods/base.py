@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -86,10 +86,17 @@ class BankStats:
 
     experts: name → one `LinearStats` per expert, over the tokens routed to it.
     pooled:  name → `LinearStats` over all calibration tokens of the layer.
+    tokens:  name → tokens of each expert; read from `experts` where not given.
     """
 
     experts: Mapping[str, Sequence[LinearStats]]
     pooled: Mapping[str, LinearStats]
+    tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            tokens = {name: [s.tokens for s in own] for name, own in self.experts.items()}
+            object.__setattr__(self, "tokens", tokens)
 
 
 @dataclass(frozen=True)
