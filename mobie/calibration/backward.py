@@ -123,6 +123,7 @@ class GradientPass:
         with self._streamed.outside():
             self._arguments = enter_first_block(self._streamed, self._batches, self._enter)
         if first is None:
+            self._folder.begin()
             self._forward()
             self._loss(last)
             first = last - 1

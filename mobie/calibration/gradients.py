@@ -13,13 +13,13 @@ from mobie.errors import DataError
 from mobie.packing.checkpoint import read_tensors, save_tensors
 
 
-def save_token_weights(path: Path, weights: TokenWeights, fingerprint: str, cpu_seconds: float = 0.0) -> None:
-    """Write one block's token weights and what they cost. Raises `StorageError`."""
+def save_token_weights(path: Path, weights: TokenWeights, fingerprint: str) -> None:
+    """Write one block's token weights. Raises `StorageError`."""
     tensors = {f"linears.{n}": t for n, t in weights.linears.items()}
     tensors |= {f"experts.{n}": t for n, t in weights.experts.items()}
     if weights.top_k_index is not None:
         tensors["top_k_index"] = weights.top_k_index
-    save_checked(path, tensors, fingerprint, {"cpu_seconds": cpu_seconds})
+    save_checked(path, tensors, fingerprint, {})
 
 
 def save_checked(path: Path, tensors: Mapping[str, Tensor], fingerprint: str, notes: Mapping[str, Any]) -> None:

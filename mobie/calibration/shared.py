@@ -6,7 +6,7 @@ them. They lie in a folder that is named by a digest of all that:
 
     000.safetensors …         token weights of each block
     guided-000.safetensors …  guided Hessians of each block, unless they are too large to keep
-    cost.json                 CPU seconds of the backward pass; written after the token weights
+    cost.json                 CPU seconds of the pass so far, and whether it is finished
 
 Every file is written whole or not at all, names what it belongs to, and carries a hash of its content: what is absent,
 damaged or another's is computed again, and two jobs at once write the same tensors.
@@ -31,7 +31,6 @@ from mobie.calibration.gradients import (
 from mobie.calibration.guided import Guided, TokenWeights
 from mobie.errors import DataError
 from mobie.methods.base import ExpertBank, Method
-from mobie.packing.checkpoint import read_tensors
 from mobie.sealed import content_digest
 from mobie.storage import remove_abandoned, write_json
 
@@ -86,11 +85,9 @@ class GradientFolder:
         return self._folder / f"guided-{index:03d}.safetensors"
 
     def cost(self) -> float | None:
-        """CPU seconds of the backward pass, or None where that is not known."""
-        try:
-            return float(json.loads((self._folder / COST).read_text(encoding="utf-8"))["cpu_seconds"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        """CPU seconds of the backward pass, or None where it is not finished."""
+        spent, finished = self._account()
+        return spent if finished else None
 
     def has_weights(self) -> bool:
         """Whether the token weights of every block are there and whole."""
@@ -107,16 +104,29 @@ class GradientFolder:
         except DataError:
             return False
 
+    def begin(self) -> None:
+        """Start the account of what the token weights cost. Raises `StorageError`."""
+        write_json(self._folder / COST, {"cpu_seconds": 0.0, "finished": False})
+
     def save_block(self, index: int, weights: TokenWeights, cpu_seconds: float) -> None:
-        """Write the token weights of a block and what they cost. Raises `StorageError`."""
-        save_token_weights(self._weights_path(index), weights, self._fingerprint, cpu_seconds)
+        """Write the token weights of a block, and add what they cost to the account. Raises `StorageError`."""
+        save_token_weights(self._weights_path(index), weights, self._fingerprint)
+        spent, _ = self._account()
+        write_json(self._folder / COST, {"cpu_seconds": spent + cpu_seconds, "finished": False})
 
     def finish(self) -> float:
-        """Write what the token weights of all blocks cost together, and return it. Raises `StorageError`."""
-        notes = [read_tensors(self._weights_path(i), values=False)[1]["notes"] for i in range(self._blocks)]
-        seconds = float(sum(note["cpu_seconds"] for note in notes))
-        write_json(self._folder / COST, {"cpu_seconds": seconds})
-        return seconds
+        """Close the account, the last thing to be written; returns the CPU seconds. Raises `StorageError`."""
+        spent, _ = self._account()
+        write_json(self._folder / COST, {"cpu_seconds": spent, "finished": True})
+        return spent
+
+    def _account(self) -> tuple[float, bool]:
+        """CPU seconds so far and whether all is finished; nothing where no readable account is."""
+        try:
+            account = json.loads((self._folder / COST).read_text(encoding="utf-8"))
+            return float(account["cpu_seconds"]), bool(account["finished"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0.0, False
 
     def guided(self) -> list[Guided] | None:
         """Guided Hessians of all blocks; None unless every block's are there and whole."""
