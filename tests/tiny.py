@@ -65,6 +65,13 @@ def _deepseek_v2(**changes: Any) -> Any:
     return DeepseekV2Config(**(COMMON | own | latent | first_dense | changes))
 
 
+def _deepseek(**changes: Any) -> Any:
+    from mobie.hf.deepseek_config import DeepseekMoeConfig
+
+    own = {"intermediate_size": 40, "moe_intermediate_size": WIDTH, "n_routed_experts": EXPERTS, "n_shared_experts": 2}
+    return DeepseekMoeConfig(**(COMMON | own | {"first_k_dense_replace": 1, "num_key_value_heads": 4} | changes))
+
+
 def _qwen3_next(**changes: Any) -> Any:
     """One block with linear attention, one with full attention."""
     from transformers import Qwen3NextConfig
@@ -92,6 +99,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
+    "deepseek": _deepseek,
     "deepseek_v2": _deepseek_v2,
     "qwen3_next": _qwen3_next,
     "gpt_oss": _gpt_oss,

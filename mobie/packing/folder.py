@@ -67,6 +67,7 @@ def finish_folder(model_folder: Path, out: Path, model: Any, method: Method, *, 
         with atomic_write(out / GENERATION_CONFIG) as temporary:
             model.generation_config.save_pretrained(temporary.parent)  # under this very name
     config = _read_config(model_folder) | {"quantization_config": quantization_config(method, blocks)}
+    config.pop("auto_map", None)  # names code in the original's folder, which is not copied
     write_json(out / CONFIG, config)
     write_json(out / INDEX, _index(out, blocks))
     side_files = [out / CONFIG, out / INDEX, *(file for file in copied if file.name not in EDITABLE)]

@@ -2,6 +2,7 @@
 
 from mobie.models.architecture import Architecture
 from mobie.models.architectures import (
+    deepseek,
     deepseek_v2,
     gpt_oss,
     mixtral,
@@ -14,5 +15,5 @@ from mobie.models.architectures import (
 #: model_type → architecture
 ARCHITECTURES: dict[str, Architecture] = {
     module.ARCHITECTURE.model_type: module.ARCHITECTURE
-    for module in (olmoe, mixtral, qwen2_moe, qwen3_moe, qwen3_next, deepseek_v2, gpt_oss)
+    for module in (olmoe, mixtral, qwen2_moe, qwen3_moe, qwen3_next, deepseek, deepseek_v2, gpt_oss)
 }
