@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mobie.calibration.guided import Guided
 from mobie.calibration.lazy import Lazy
 from mobie.calibration.statistics import BlockStatistics, blend_with_pool
-from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
+from mobie.methods.base import CHUNK_BYTES, BankStats, ExpertBank, LinearStats, Method
 from mobie.models.base import Adapter
 from mobie.packing.bank import split_gate_up
 from mobie.packing.base import Packed
@@ -22,6 +22,8 @@ from mobie.resources import Resources
 
 #: what a method that needs no statistics is given
 NO_STATISTICS = LinearStats(torch.zeros(0, 0), 0, torch.zeros(0), torch.zeros(0, 0))
+
+CHUNKS = 8  # a chunk of experts in work takes at most such a part of the memory
 
 
 def quantize_block(
@@ -54,7 +56,7 @@ def quantize_block(
         errors |= {n: _relative_error(w, packed[n].dequantize(), linear_stats[n]) for n, w in weights.items()}
 
     details: dict[str, Any] = {"output_error": errors}
-    bank = adapter.expert_bank(block)
+    bank = _bank(block, adapter, resources)
     if bank is None:
         return PackedBlock(linears, {}), details
     if method.quantizes_router:
@@ -73,6 +75,16 @@ def quantize_block(
     if guided is not None:
         details["pairs_without_gradient"] = guided.unmatched
     return PackedBlock(linears, experts), details
+
+
+def _bank(block: nn.Module, adapter: Adapter, resources: Resources) -> ExpertBank | None:
+    """The experts of a block, with the devices that work on them and what these may take; None in a dense block."""
+    bank = adapter.expert_bank(block)
+    if bank is None:
+        return None
+    devices = resources.torch_devices()
+    chunk = min(CHUNK_BYTES[devices[0].type], max(1, resources.memory // CHUNKS))
+    return replace(bank, devices=devices, chunk_bytes=chunk)
 
 
 def _add_guided(linears: dict[str, LinearStats], guided: Guided) -> dict[str, LinearStats]:
