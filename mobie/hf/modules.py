@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobie.models.experts import fuse_down, fuse_gate_up
+from mobie.models.experts import EXPERT_PARAMETERS, fuse_down, fuse_gate_up
 from mobie.packing.bank import split_gate_up
 from mobie.packing.base import FORMATS, Packed
-from mobie.packing.checkpoint import EXPERT_PARAMETERS, PackedBlock, tensor_name
+from mobie.packing.checkpoint import PackedBlock, tensor_name
 from mobie.packing.dense import Dense16
 
 __all__ = [

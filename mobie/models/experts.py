@@ -14,6 +14,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+#: parameters of the library's experts modules that packed weights replace
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+
 
 def is_fused(module: nn.Module) -> bool:
     """Whether a module holds the experts of a layer; asked of the class, since packed experts unpack when read."""

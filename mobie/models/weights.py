@@ -20,6 +20,7 @@ from mobie.errors import DataError
 from mobie.models import OWN_FILES
 from mobie.models.base import Adapter, require_finite
 from mobie.models.load import model_type
+from mobie.models.mxfp4 import conversion_mapping
 from mobie.parsing import parse_json
 
 SINGLE = "model.safetensors"
@@ -71,9 +72,9 @@ class StreamedModel:
         with self._values(OUTSIDE):
             yield self.model
 
-    def parameters_outside(self) -> list[str]:
-        """Names of the parameters that belong to no block."""
-        return [name for name, _ in self._parameters(OUTSIDE)]
+    def state_outside(self) -> dict[str, Tensor]:
+        """Parameters and buffers that belong to no block, by their names in the model's state dict."""
+        return {name: value for name, value in self.model.state_dict().items() if self._part(name) == OUTSIDE}
 
     @contextmanager
     def _values(self, part: str) -> Iterator[None]:
@@ -120,14 +121,13 @@ class StreamedModel:
 
         names: tensors in the files; None for all of them, but without values.
         """
-        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
         config = LoadStateDictConfig(
             dtype=torch.float32,
             device_map={"": "meta" if names is None else self.device},
-            weight_mapping=get_model_conversion_mapping(self.model),
+            weight_mapping=conversion_mapping(self.model),
         )
         with ExitStack() as stack:
             stack.enter_context(_no_bar())
@@ -167,10 +167,9 @@ class StreamedModel:
 
     def _by_part(self) -> dict[str, list[str]]:
         """Tensors in the files by the block of the parameter that they become."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        mapping = get_model_conversion_mapping(self.model)
+        mapping = conversion_mapping(self.model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         known = self.model.state_dict()
