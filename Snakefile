@@ -17,6 +17,7 @@ include: "workflow/rules/nano.smk"
 include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/score.smk"
+include: "workflow/rules/gate.smk"
 include: "workflow/rules/code.smk"
 include: "workflow/rules/speed.smk"
 include: "workflow/rules/audit.smk"
@@ -26,8 +27,4 @@ include: "workflow/rules/targets.smk"
 rule all:
     default_target: True
     input:
-        [PATHS.table(table, "csv") for table in TABLES],
-        [PATHS.figure(figure, "svg") for figure in FIGURES],
-        PATHS.table("claims", "csv"),
-        PATHS.table("audit", "md"),
-        PATHS.report,
+        needs.everything(PATHS),

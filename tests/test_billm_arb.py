@@ -687,7 +687,7 @@ def test_factors_multiply_means_too_by_hand() -> None:
 def test_with_all_of_space_for_the_error_factors_stay_one(method: BinaryMethod) -> None:
     bank, stats = bank_example()
     weight, own = bank.projections["up"][0], stats.experts["up"][0]
-    packed = method._suppress_shift(weight, own, torch.eye(40))
+    packed = method._suppress_shift({"up": weight[None]}, [{"up": own}], torch.eye(40))[0]["up"]
     plain = method.quantize_linear(weight, own).dequantize()
     torch.testing.assert_close(packed.dequantize(), plain, rtol=1e-3, atol=1e-6)
     if packed.column_factor is not None:

@@ -29,13 +29,13 @@ from mobie.records import VOLATILE_MEASUREMENTS, stable
 
 #: verb → what it must call, so that a new verb has to be put somewhere
 WITH_TORCH = {
-    *("train-nano", "calibrate", "windows", "quantize", "generate-code", "speed", "try"),
+    *("train-nano", "calibrate", "windows", "quantize", "gate", "generate-code", "speed", "try"),
     *(name for name in main.commands if name.startswith("score-") and name != "score-code"),
 }
 FROM_RECORDS = {"table", "figure", "sensitivity", "claims", "report", "readme", "publish", "rebuild"}
 #: they copy, check, count, list or talk, and store no value that a model computed; score-code starts other programs
 NEITHER = {
-    *("fetch", "mirror", "audit", "check", "reliability", "methods", "schema", "kernels", "tune", "chat"),
+    *("fetch", "lock", "mirror", "audit", "check", "reliability", "methods", "schema", "kernels", "tune", "chat"),
     "score-code",
 }
 #: calls that set what the one place sets, and files that may have them: seeds of training and of sampling are options

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mobie.errors import ConfigError, DataError
+from mobie.packing.bank import PackedBank
 from mobie.packing.base import FORMATS
 from mobie.packing.grid import Grid, check_grid_options, decode, encode, fit_grid, nominal_bits, pack_bank
 
@@ -139,7 +140,7 @@ def test_bank_splits_and_joins() -> None:
     scale, zero = fit_grid(weight, 3, 8)
     codes = encode(weight, scale, zero, 3, 8)
     column_scale = torch.full((3, 20), 2.0)
-    bank = pack_bank(codes, scale, zero, bits=3, group_size=8, paper=3.0, column_scale=column_scale)
+    bank = PackedBank(tuple(pack_bank(codes, scale, zero, bits=3, group_size=8, paper=3.0, column_scale=column_scale)))
     assert bank.shape == (3, 6, 20)
     again = FORMATS["bank"].from_tensors(bank.header(), bank.tensors())
     assert torch.equal(again.dequantize(), decode(codes, scale, zero, 8) / 2)

@@ -146,7 +146,7 @@ def test_gptq_first_step_by_hand() -> None:
     # 2.4 - 0.4 / (2/3) · (-1/3) = 2.6 → 3, where round to nearest takes 2.  The third is alone.
     weight = torch.tensor([[1.4, 2.4, 3.0]])
     hessian = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
-    codes, scale, zero = gptq(weight, hessian, bits=2, percdamp=0.0)
+    codes, scale, zero = gptq(weight, inverse_cholesky(hessian), torch.zeros(3, dtype=torch.bool), bits=2)
     assert (scale.item(), zero.item()) == (1, 0)
     assert codes.tolist() == [[1, 3, 3]]
     stats = LinearStats(hessian, 3, torch.ones(3), torch.zeros(0, 3))

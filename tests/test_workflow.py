@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ def test_table2_of_the_smoke_suite_needs_its_own_records_only(repository: Layout
     methods = len(load_suite("smoke", repository).methods)
     for rule in ("quantize", "score_perplexity", "score_tasks", "score_routing"):
         assert jobs[rule] == methods
+    assert jobs["gate"] == 1
     assert jobs["fetch_wheel"] == jobs["mirror"] == jobs["calibrate"] == jobs["table"] == 1
     assert jobs["windows"] == 4  # three texts for perplexity, one for routing
     assert "score_hard" not in jobs and "figure" not in jobs
@@ -120,6 +122,8 @@ def test_a_finished_table_needs_no_job_until_something_that_decides_it_changes(r
     keys = Keys(repository, "smoke", "nano-olmoe", 0, "rtn-w3")
     for kind in ("quantize", "perplexity", "tasks", "routing"):
         write_record(keys.record(kind), Record(kind, "failed", "not tried", "smoke", "nano-olmoe", "rtn-w3", 0, "p"))
+    gate = replace(keys, method=REFERENCE).record("gate")
+    write_record(gate, Record("gate", "failed", "not tried", "smoke", "nano-olmoe", REFERENCE, 0, "p"))
     # only the table runs: its inputs are taken as they are
     target = ("--", "results/table2.csv")
     built = snakemake(root, "--cores", "1", "--allowed-rules", "table", "--rerun-triggers", "params", "mtime", *target)

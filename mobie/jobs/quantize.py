@@ -7,7 +7,7 @@ from typing import Any
 from mobie.config import build_method
 from mobie.hf.card import refresh_card
 from mobie.jobs.attempt import attempt
-from mobie.jobs.keys import Keys, model_folder, model_hash
+from mobie.jobs.keys import Keys, model_folder, model_hash, model_origin
 from mobie.jobs.stale import gradient_code, quantize_code
 from mobie.provenance import collect, digest, file_hash
 from mobie.records import Measurement, Record, write_record
@@ -51,7 +51,11 @@ def quantize_job(keys: Keys, *, progress: bool) -> Record:
         keys.checkpoint,
     )
     measurements: tuple[Measurement, ...] = ()
-    details: dict[str, Any] = {"options": config.options, "traceback": list(outcome.traceback)}
+    details: dict[str, Any] = {
+        "options": config.options,
+        "origin": model_origin(keys),
+        "traceback": list(outcome.traceback),
+    }
     if outcome.value is not None:
         report = outcome.value
         ledger = report.ledger

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method, register
+from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method, map_experts, register
 from mobie.packing.bank import PackedBank
 from mobie.packing.base import Packed
 from mobie.packing.grid import (
@@ -55,33 +56,49 @@ def round_trip(weight: Tensor, bits: int, group_size: int | None) -> Tensor:
     return decode(encode(weight, scale, zero, bits, group_size), scale, zero, group_size)
 
 
-def search_scale(
+def scale_errors(
     weights: Sequence[Tensor], hessian: Tensor, mean_abs: Tensor, bits: int, group_size: int | None
 ) -> Tensor:
-    """Of 20 ratios, the channel scale with the least output error summed over weights that share their input.
+    """Output errors of the 20 ratios, summed over weights that share their input.
 
     Args:
         weights: each `(..., out, in)`.
         hessian: `(..., in, in)`, of their common input.
-        mean_abs: `(in,)`: one scale for the whole batch, errors summed over it; or `(..., in)`: one per matrix.
+        mean_abs: `(in,)`: one scale for the whole batch; or `(..., in)`: one per matrix.
+
+    Returns:
+        `tr(ΔW H ΔWᵀ)`, `(ratios, weights, ...)`.
+    """
+    errors = []
+    for ratio in RATIOS:
+        scale = channel_scale(mean_abs, ratio)
+        for weight in weights:
+            scaled = weight * scale.unsqueeze(-2)
+            change = (round_trip(scaled, bits, group_size) - scaled) / scale.unsqueeze(-2)
+            errors.append((change @ hessian * change).sum(dim=(-2, -1)))
+    return torch.stack(errors).unflatten(0, (len(RATIOS), len(weights)))
+
+
+def best_scale(mean_abs: Tensor, errors: Tensor) -> Tensor:
+    """The channel scale of the ratio with the least error, the smaller ratio of equals.
+
+    Args:
+        mean_abs: `(in,)`, or `(..., in)` for one scale per matrix.
+        errors: `(ratios,)` or `(ratios, ...)`.
 
     Returns:
         The scale, shaped as `mean_abs`.
     """
-    best = channel_scale(mean_abs, RATIOS[0])
-    least = torch.full(mean_abs.shape[:-1], torch.inf, device=mean_abs.device)
-    for ratio in RATIOS:
-        scale = channel_scale(mean_abs, ratio)
-        error = torch.zeros_like(least)
-        for weight in weights:
-            scaled = weight * scale.unsqueeze(-2)
-            change = (round_trip(scaled, bits, group_size) - scaled) / scale.unsqueeze(-2)
-            errors = (change @ hessian * change).sum(dim=(-2, -1))  # tr(ΔW H ΔWᵀ), (...)
-            error += errors.sum() if mean_abs.dim() == 1 else errors
-        better = error < least
-        least = torch.where(better, error, least)
-        best = torch.where(better.unsqueeze(-1), scale, best)
-    return best
+    best = errors.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin(dim=0)
+    scales = torch.stack([channel_scale(mean_abs, ratio) for ratio in RATIOS])  # (ratios, ..., in)
+    return scales.gather(0, best[None, ..., None].expand(1, *mean_abs.shape))[0]
+
+
+def search_scale(
+    weights: Sequence[Tensor], hessian: Tensor, mean_abs: Tensor, bits: int, group_size: int | None
+) -> Tensor:
+    """Of 20 ratios, the channel scale `(..., in)` with the least output error summed over weights `(..., out, in)`."""
+    return best_scale(mean_abs, scale_errors(weights, hessian, mean_abs, bits, group_size).sum(dim=1))
 
 
 def group_gram(sample: Tensor, group_size: int | None) -> Tensor:
@@ -145,22 +162,46 @@ class AWQ(Method):
         }
 
     def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> dict[str, PackedBank]:
-        packed = {}
+        packed: dict[str, PackedBank] = {}
         for names in bank.same_input:
-            weights = {name: bank.projections[name] for name in names}
-            experts = stats.experts[names[0]]
-            shared = len(names) > 1
-            mean_abs = stats.pooled[names[0]].mean_abs if shared else torch.stack([s.mean_abs for s in experts])
-            hessian = torch.stack([s.hessian for s in experts])
+            scale = self._common_scale(bank, stats, names) if len(names) > 1 else None
+            # the last projection's statistics, for those of the first were read for the common scale
+            packed |= self.quantize_chunks(bank, stats, names[::-1], partial(self._quantize_own, common=scale))
+        return {name: packed[name] for name in bank.projections}
+
+    def _common_scale(self, bank: ExpertBank, stats: BankStats, names: Sequence[str]) -> Tensor:
+        """Scale `(in,)` of several projections of all experts, from the activations of all tokens."""
+        mean_abs = stats.pooled[names[0]].mean_abs
+        weights = {name: bank.projections[name] for name in names}
+
+        def errors(experts: range, device: torch.device) -> list[Tensor]:
+            own = [weight[experts.start : experts.stop].to(device) for weight in weights.values()]
+            hessian = torch.stack([s.hessian for s in stats.of(names[0], experts, device)])
+            found = scale_errors(own, hessian, mean_abs.to(device), self.bits, self.group_size)
+            return list(found.cpu().movedim(-1, 0))
+
+        shapes = [weight.shape[1:] for weight in weights.values()]
+        by_expert = torch.stack(map_experts(bank, self.expert_bytes(shapes), errors), dim=-1)
+        return best_scale(mean_abs.cpu(), by_expert.sum(dim=-1).sum(dim=1))
+
+    def _quantize_own(
+        self, weights: Mapping[str, Tensor], stats: Sequence[Mapping[str, LinearStats]], common: Tensor | None
+    ) -> list[dict[str, Packed]]:
+        """Quantize some experts with the common scale `(in,)`, or each with a scale of its own."""
+        first = next(iter(weights))
+        own = [expert[first] for expert in stats]
+        gram = torch.stack([group_gram(s.sample, self.group_size) for s in own])
+        if common is None:
+            hessian, mean_abs = torch.stack([s.hessian for s in own]), torch.stack([s.mean_abs for s in own])
             scale = search_scale(list(weights.values()), hessian, mean_abs, self.bits, self.group_size)
-            gram = torch.stack([group_gram(s.sample, self.group_size) for s in experts])
-            for name, weight in weights.items():
-                packed[name] = pack_bank(
-                    *self._round(weight, scale, gram),
-                    column_scale=scale.expand(len(experts), -1),
-                    **self._layout,
-                )
-        return packed
+        else:
+            scale = common.to(gram.device)
+        column_scale = scale.expand(len(own), -1)
+        packed = {
+            name: pack_bank(*self._round(weight, scale, gram), column_scale=column_scale, **self._layout)
+            for name, weight in weights.items()
+        }
+        return [{name: grids[e] for name, grids in packed.items()} for e in range(len(own))]
 
     def _round(self, weight: Tensor, scale: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Codes and grid of `W · s`, clipped first unless `gram` is None."""

@@ -7,15 +7,21 @@ file and one YAML under `workflow/config/methods/`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from mobie.packing.bank import PackedBank
 from mobie.packing.base import Packed
+
+T = TypeVar("T")
+
+#: memory that one chunk of experts may take where a bank does not say: little on a CPU, whose cache it should suit
+CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,23 @@ class LinearStats:
         stride = max(1, n // 512)
         return cls(2 / n * x.T @ x, n, x.abs().mean(0), x[::stride][:512].clone(), guided)
 
+    def to(self, device: torch.device) -> LinearStats:
+        """The same statistics on a device; themselves where they lie there already."""
+        if self.hessian.device == device:
+            return self
+
+        def moved(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device)
+
+        return LinearStats(
+            self.hessian.to(device),
+            self.tokens,
+            self.mean_abs.to(device),
+            self.sample.to(device),
+            moved(self.guided),
+            moved(self.mean_gram),
+        )
+
     def through(self, matrix: Tensor) -> LinearStats:
         """Statistics of the inputs `x Rᵀ` for R `(rank, in)`; `mean_abs` is then that of the sample."""
 
@@ -73,23 +96,92 @@ class ExpertBank:
     projections: name → `(experts, out, in)` float32: `gate`, `up`, `down` in a model; a single one in `mobie try`.
     same_input:  names grouped by shared inputs, e.g. `(("gate", "up"), ("down",))`.
     active:      experts that a token uses (top-k), or None where unknown.
+    devices:     that work on the experts, in turn; empty: the one on which the weights lie.
+    chunk_bytes: memory that the experts which a device works on at a time may take; None: `CHUNK_BYTES`.
     """
 
     projections: Mapping[str, Tensor]
     same_input: tuple[tuple[str, ...], ...]
     active: int | None = None
+    devices: tuple[torch.device, ...] = ()
+    chunk_bytes: int | None = None
+
+    @property
+    def working_devices(self) -> tuple[torch.device, ...]:
+        """Where the experts are worked on, at least one device."""
+        return self.devices or (next(iter(self.projections.values())).device,)
+
+
+class FormedStats(Sequence[LinearStats], ABC):
+    """Statistics of a projection's experts that are formed anew whenever one is asked for, and kept by nobody.
+
+    Several threads may ask at a time, where a bank has several devices.
+    """
+
+    @abstractmethod
+    def form(self, expert: int, device: torch.device) -> LinearStats:
+        """Statistics of one expert on the device that will use them."""
+
+    def __getitem__(self, expert: Any) -> Any:
+        if isinstance(expert, slice):
+            return [self[e] for e in range(*expert.indices(len(self)))]
+        return self.form(range(len(self))[expert], torch.device("cpu"))
 
 
 @dataclass(frozen=True)
 class BankStats:
     """Input statistics of a bank.
 
-    experts: name → one `LinearStats` per expert, over the tokens routed to it.
+    experts: name → one `LinearStats` per expert, over the tokens routed to it; may be `FormedStats`: a method asks for
+             an expert's once, in order, and holds those of a chunk of experts at a time.
     pooled:  name → `LinearStats` over all calibration tokens of the layer.
+    tokens:  name → tokens of each expert; read from `experts` where not given.
     """
 
     experts: Mapping[str, Sequence[LinearStats]]
     pooled: Mapping[str, LinearStats]
+    tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            tokens = {name: [s.tokens for s in own] for name, own in self.experts.items()}
+            object.__setattr__(self, "tokens", tokens)
+
+    def of(self, name: str, experts: range, device: torch.device) -> list[LinearStats]:
+        """Statistics of some experts, formed on a device or moved there."""
+        own = self.experts[name]
+        if isinstance(own, FormedStats):
+            return [own.form(e, device) for e in experts]
+        return [own[e].to(device) for e in experts]
+
+
+def map_experts(bank: ExpertBank, expert_bytes: int, function: Callable[[range, torch.device], Sequence[T]]) -> list[T]:
+    """Results of `function(experts, device)` for chunks of a bank's experts, put together in the experts' order.
+
+    Chunks go to the bank's devices in turn, one thread for each device where there are several. How large a chunk is
+    depends on neither the number of devices nor the machine's state.
+
+    Args:
+        expert_bytes: memory that one expert takes.
+        function: gives one result per expert; what it gives for an expert must not depend on the others of its chunk.
+    """
+    count, devices = len(next(iter(bank.projections.values()))), bank.working_devices
+    size = max(1, (bank.chunk_bytes or CHUNK_BYTES[devices[0].type]) // max(1, expert_bytes))
+    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    threads, inference, gradients = torch.get_num_threads(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def work(device: int) -> list[Sequence[T]]:  # settings of the caller's thread that a new thread lacks come first
+        torch.set_num_threads(threads)
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            return [function(chunk, devices[device]) for chunk in chunks[device :: len(devices)]]
+
+    if len(devices) == 1:
+        parts = [function(chunk, devices[0]) for chunk in chunks]
+    else:
+        with ThreadPoolExecutor(len(devices)) as pool:
+            by_device = list(pool.map(work, range(len(devices))))
+        parts = [by_device[i % len(devices)][i // len(devices)] for i in range(len(chunks))]
+    return [result for part in parts for result in part]
 
 
 @dataclass(frozen=True)
@@ -99,6 +191,8 @@ class Method(ABC):
     name: ClassVar[str]
     #: whether the method looks at input statistics at all, or its error is worth measuring on them
     needs_statistics: ClassVar[bool] = True
+    #: whether the packed weights depend on input statistics; if not, none are read
+    reads_statistics: ClassVar[bool] = True
 
     @property
     def options(self) -> dict[str, Any]:
@@ -124,13 +218,56 @@ class Method(ABC):
         return {name: self.quantize_linear(weight, stats[name]) for name, weight in weights.items()}
 
     def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> dict[str, PackedBank]:
-        """Quantize the experts of a layer: a loop over `quantize_linear`, unless the method looks across experts."""
-        return {
-            name: PackedBank(
-                tuple(self.quantize_linear(w, s) for w, s in zip(weight, stats.experts[name], strict=True))
-            )
-            for name, weight in bank.projections.items()
-        }
+        """Quantize the experts of a layer, a chunk at a time."""
+        packed: dict[str, PackedBank] = {}
+        for names in bank.same_input:
+            packed |= self.quantize_chunks(bank, stats, names, self.quantize_chunk)
+        return {name: packed[name] for name in bank.projections}
+
+    def quantize_chunk(
+        self, weights: Mapping[str, Tensor], stats: Sequence[Mapping[str, LinearStats]]
+    ) -> list[dict[str, Packed]]:
+        """Quantize projections that share their input, of some experts: one by one, unless batching is faster.
+
+        Args:
+            weights: name → `(experts, out, in)`.
+            stats: of each expert, by name; empty where the method reads none.
+        """
+        return [
+            self.quantize_group({name: weight[e] for name, weight in weights.items()}, own)
+            for e, own in enumerate(stats)
+        ]
+
+    def quantize_chunks(
+        self,
+        bank: ExpertBank,
+        stats: BankStats,
+        names: Sequence[str],
+        function: Callable[[Mapping[str, Tensor], Sequence[Mapping[str, LinearStats]]], list[dict[str, Packed]]],
+    ) -> dict[str, PackedBank]:
+        """Call a function such as `quantize_chunk` for all experts of the projections `names`, which share their input.
+
+        Without loss gradients, the statistics of the first projection are those of all.
+        """
+
+        def chunk(experts: range, device: torch.device) -> list[dict[str, Packed]]:
+            weights = {n: bank.projections[n][experts.start : experts.stop].to(device) for n in names}
+            if not self.reads_statistics:
+                return function(weights, [{} for _ in experts])
+            if not self.needs_gradients:
+                return function(weights, [dict.fromkeys(names, s) for s in stats.of(names[0], experts, device)])
+            own = zip(*(stats.of(name, experts, device) for name in names), strict=True)
+            return function(weights, [dict(zip(names, s, strict=True)) for s in own])
+
+        shapes = [bank.projections[name].shape[1:] for name in names]
+        parts = map_experts(bank, self.expert_bytes(shapes), chunk)
+        return {name: PackedBank(tuple(part[name] for part in parts)) for name in names}
+
+    def expert_bytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        """Roughly the memory that quantizing one expert takes: its weights `(out, in)` and what is made from them."""
+        columns = shapes[0][1]
+        hessians = (2 + self.gradient_groups * self.needs_gradients * len(shapes)) if self.reads_statistics else 0
+        return 4 * (hessians * columns**2 + 6 * sum(rows * columns for rows, _ in shapes))
 
     @property
     def quantizes_router(self) -> bool:

@@ -18,8 +18,9 @@ and a mean is not scaled by column, so there β_c is stored by itself, 16 bits f
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -37,6 +38,7 @@ from mobie.methods.hessian import (
     scaled_saliency_denominator,
 )
 from mobie.packing.bank import PackedBank
+from mobie.packing.base import Packed
 from mobie.packing.binary import BinaryMatrix, Segment, to_half
 
 #: quantiles of the magnitudes that are tried as border between the two groups
@@ -370,47 +372,67 @@ class BinaryMethod(Method):
         `gram` `(n, n)` is the block's own part of the Hessian of the inputs, not damped.
         """
 
-    def quantize_linear(self, weight: Tensor, stats: LinearStats) -> BinaryMatrix:
-        return self._binarize(weight, stats).pack(self.block_size)
+    def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
+        return self.quantize_group({"": weight}, {"": stats})[""]
+
+    def quantize_group(self, weights: Mapping[str, Tensor], stats: Mapping[str, LinearStats]) -> dict[str, Packed]:
+        found = self._binarize(weights, stats)
+        return {name: binarized.pack(self.block_size) for name, binarized in found.items()}
 
     def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> dict[str, PackedBank]:
         if not self.nges:
             return super().quantize_experts(bank, stats)
         from mobie.methods.mobie.nges import null_space_projector  # here: its package imports this module
 
-        packed = {}
-        for name, weight in bank.projections.items():
-            projector = null_space_projector(stats.pooled[name].hessian, self.null_space_energy)
-            experts = zip(weight, stats.experts[name], strict=True)
-            packed[name] = PackedBank(tuple(self._suppress_shift(w, s, projector) for w, s in experts))
-        return packed
+        packed: dict[str, PackedBank] = {}
+        for names in bank.same_input:
+            hessian = stats.pooled[names[0]].hessian.to(bank.working_devices[0])
+            projector = null_space_projector(hessian, self.null_space_energy)
+            packed |= self.quantize_chunks(bank, stats, names, partial(self._suppress_shift, projector=projector))
+        return {name: packed[name] for name in bank.projections}
 
-    def _suppress_shift(self, weight: Tensor, stats: LinearStats, projector: Tensor) -> BinaryMatrix:
-        """Binarize an expert's weight `(out, in)` and fuse NGES's factors for the projector P `(in, in)` (eq. 11)."""
+    def _suppress_shift(
+        self, weights: Mapping[str, Tensor], stats: Sequence[Mapping[str, LinearStats]], projector: Tensor
+    ) -> list[dict[str, Packed]]:
+        """Binarize experts and fuse NGES's factors for the projector P `(in, in)` (eq. 11)."""
         from mobie.methods.mobie.nges import suppress_shift
 
-        binarized = self._binarize(weight, stats)
-        row, column = suppress_shift(
-            weight.float().masked_fill(stats.hessian.diagonal() == 0, 0)[None],
-            binarized.dense()[None],
-            projector,
-            self.regularization,
-            self.nges_iterations,
-            self.tolerance,
-        )
-        return binarized.pack(self.block_size, (row[0], column[0]))
+        packed: list[dict[str, Packed]] = []
+        for e, own in enumerate(stats):
+            packed.append({})
+            dead = next(iter(own.values())).hessian.diagonal() == 0
+            for name, binarized in self._binarize({n: weight[e] for n, weight in weights.items()}, own).items():
+                row, column = suppress_shift(
+                    weights[name][e].float().masked_fill(dead, 0)[None],
+                    binarized.dense()[None],
+                    projector.to(dead.device),
+                    self.regularization,
+                    self.nges_iterations,
+                    self.tolerance,
+                )
+                packed[-1][name] = binarized.pack(self.block_size, (row[0], column[0]))
+        return packed
 
-    def _binarize(self, weight: Tensor, stats: LinearStats) -> Binarization:
-        damped, dead = damp(stats.hessian, self.percdamp)
+    def _binarize(self, weights: Mapping[str, Tensor], stats: Mapping[str, LinearStats]) -> dict[str, Binarization]:
+        """Binarize weights `(out, in)` that share their input, and so its Hessian."""
+        hessian = stats[next(iter(weights))].hessian
+        damped, dead = damp(hessian, self.percdamp)
         factor = inverse_cholesky(damped)
-        denominators = self._denominators(factor, stats, len(weight))  # (out or 1, in)
-        remaining = weight.float().masked_fill(dead, 0)
+        return {
+            name: self._binarize_one(weight.float().masked_fill(dead, 0), stats[name], hessian, factor)
+            for name, weight in weights.items()
+        }
+
+    def _binarize_one(self, remaining: Tensor, stats: LinearStats, hessian: Tensor, factor: Tensor) -> Binarization:
+        """Binarize `remaining` `(out, in)`, which is lost; U is the factor of the damped Hessian."""
+        rows, columns = remaining.shape
+        denominators = self._denominators(factor, stats, rows)  # (out or 1, in)
         masks, plain, extra = [], [], []
-        for start in range(0, weight.shape[1], self.block_size):
+        for start in range(0, columns, self.block_size):
             here = slice(start, start + self.block_size)
             block = remaining[:, here]
             split = self.split_block(block, (block / denominators[:, here]).square())
-            fits = self.fit_block(block, split, stats.hessian[here, here])
+            fits = self.fit_block(block, split, hessian[here, here])
             dense = torch.empty_like(block)
             dense[:, ~split.salient], dense[:, split.salient] = (fit.dense() for fit in fits)
             remaining[:, here.stop :] -= handed_on(block - dense, factor, here, self.feedback)

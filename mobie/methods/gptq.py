@@ -8,7 +8,7 @@ No reordering of columns. Leading dimensions are a batch: all experts of a proje
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from mobie.errors import ConfigError
-from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method, register
+from mobie.methods.base import LinearStats, Method, register
 from mobie.methods.hessian import damp, inverse_cholesky
-from mobie.packing.bank import PackedBank
-from mobie.packing.grid import Grid, check_grid_options, fit_grid, nearest_code, nominal_bits, pack_bank
+from mobie.packing.base import Packed
+from mobie.packing.grid import check_grid_options, fit_grid, nearest_code, nominal_bits, pack_bank
 
 
 def column_spans(columns: int, block_size: int, group_size: int | None) -> Iterator[tuple[int, int]]:
@@ -55,27 +55,21 @@ def quantize_span(span: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bit
 
 
 def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    bits: int,
-    group_size: int | None = None,
-    block_size: int = 128,
-    percdamp: float = 0.01,
+    weight: Tensor, factor: Tensor, dead: Tensor, bits: int, group_size: int | None = None, block_size: int = 128
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize weights `(..., out, in)` against Hessians `(..., in, in)` (Algorithm 1 of the paper).
+    """Quantize weights `(..., out, in)` (Algorithm 1 of the paper).
 
     The grid of a whole row comes from the weights as given (dead columns at zero), that of a group from the weights as
     they stand, errors fed in, when the group starts. `block_size` columns are finished before the columns behind them
     are updated in one product: it changes the speed and the rounding of sums, nothing else.
 
+    Args:
+        factor: U of the damped Hessians, `(..., in, in)`.
+        dead: columns that no input reaches, `(..., in)` bool.
+
     Returns:
         Codes `(..., out, in)` uint8, scale and zero `(..., out, groups)` as `fit_grid` gives them.
-
-    Raises:
-        DataError: the damped Hessian is not positive definite.
     """
-    damped, dead = damp(hessian, percdamp)
-    factor = inverse_cholesky(damped)
     remaining = weight.masked_fill(dead.unsqueeze(-2), 0)
     grids = [] if group_size else [fit_grid(remaining, bits, None)]
     codes = []
@@ -109,17 +103,23 @@ class GPTQ(Method):
         if type(self.percdamp) not in (int, float) or not 0 <= self.percdamp < float("inf"):
             raise ConfigError(f"gptq: percdamp is {self.percdamp!r}; expected a number of at least 0 (0.01)")
 
-    def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Grid:
-        return Grid.pack(*self._solve(weight, stats.hessian), **self._layout)
+    def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
+        return self.quantize_group({"": weight}, {"": stats})[""]
 
-    def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> dict[str, PackedBank]:
-        return {
-            name: pack_bank(*self._solve(weight, torch.stack([s.hessian for s in stats.experts[name]])), **self._layout)
-            for name, weight in bank.projections.items()
+    def quantize_group(self, weights: Mapping[str, Tensor], stats: Mapping[str, LinearStats]) -> dict[str, Packed]:
+        return self.quantize_chunk({name: weight[None] for name, weight in weights.items()}, [stats])[0]
+
+    def quantize_chunk(
+        self, weights: Mapping[str, Tensor], stats: Sequence[Mapping[str, LinearStats]]
+    ) -> list[dict[str, Packed]]:
+        first = next(iter(weights))
+        damped, dead = damp(torch.stack([own[first].hessian for own in stats]), self.percdamp)
+        factor = inverse_cholesky(damped)
+        packed = {
+            name: pack_bank(*gptq(weight, factor, dead, self.bits, self.group_size, self.block_size), **self._layout)
+            for name, weight in weights.items()
         }
-
-    def _solve(self, weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return gptq(weight, hessian, self.bits, self.group_size, self.block_size, self.percdamp)
+        return [{name: own[e] for name, own in packed.items()} for e in range(len(stats))]
 
     @property
     def _layout(self) -> dict[str, Any]:

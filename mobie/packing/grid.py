@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mobie.errors import ConfigError, DataError
-from mobie.packing.bank import PackedBank
 from mobie.packing.base import Packed, register_format
 from mobie.packing.bits import pack_codes, unpack_codes
 
@@ -188,19 +187,17 @@ def pack_bank(
     group_size: int | None,
     paper: float,
     column_scale: Tensor | None = None,
-) -> PackedBank:
+) -> list[Grid]:
     """`Grid.pack` for every expert of codes `(experts, out, in)`; `column_scale` `(experts, in)`."""
-    return PackedBank(
-        tuple(
-            Grid.pack(
-                codes[e],
-                scale[e],
-                zero[e],
-                bits=bits,
-                group_size=group_size,
-                paper=paper,
-                column_scale=None if column_scale is None else column_scale[e],
-            )
-            for e in range(len(codes))
+    return [
+        Grid.pack(
+            codes[e],
+            scale[e],
+            zero[e],
+            bits=bits,
+            group_size=group_size,
+            paper=paper,
+            column_scale=None if column_scale is None else column_scale[e],
         )
-    )
+        for e in range(len(codes))
+    ]

@@ -2,14 +2,14 @@
 # starts, and the finished blocks in checkpoint/ are what a killed job goes on from. The record holds the checkpoint's hash.
 rule quantize:
     input:
-        model=lambda wildcards: model_inputs(wildcards),
-        calibration=lambda wildcards: user_error(lambda: keys_of(wildcards).calibration)(),
+        lambda wildcards: user_error(needs.quantize_inputs)(keys_of(wildcards)),
     output:
         PATHS.record("{suite}", "{model}", "{method}", "{seed}", "quantize"),
     log:
         PATHS.log("{suite}", "{model}", "{method}", "s{seed}", "quantize"),
     benchmark:
         PATHS.benchmark("{suite}", "{model}", "{method}", "s{seed}", "quantize")
+    priority: priority_of_gate
     threads: 1
     resources:
         mem_mb=memory("quantize"),

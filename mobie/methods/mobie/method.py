@@ -5,7 +5,9 @@ Every reading of the paper that its text leaves open is an option; the defaults 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +17,7 @@ from mobie.errors import ConfigError, DataError, UnsupportedError
 from mobie.methods.arb import ARB
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method, register
 from mobie.methods.hessian import Feedback, SaliencyRule, damp, inverse_cholesky
-from mobie.methods.mobie.cejd import choose_side, joint_svd
+from mobie.methods.mobie.cejd import JointBasis, choose_side, joint_basis
 from mobie.methods.mobie.glas import saliency, salient_columns
 from mobie.methods.mobie.mixed_order import binarize, pack
 from mobie.methods.mobie.nges import null_space_projector, suppress_shift
@@ -23,6 +25,17 @@ from mobie.packing.bank import GATE_UP, PackedBank, SymmetricRows
 from mobie.packing.base import Packed
 from mobie.packing.binary import BinaryMatrix
 from mobie.packing.dense import Dense16
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Of damped Hessians: columns that no input reaches, `dead (experts, in)` bool, and U `upper (experts, in, in)`.
+
+    `upper` is None where no error is handed on.
+    """
+
+    dead: Tensor
+    upper: Tensor | None
 
 
 @register
@@ -102,11 +115,9 @@ class MoBiE(Method):
             return super().gradient_bases(bank)
         bases: dict[str, Tensor | None] = {}
         for names in self._joint_banks(bank).values():
-            weight = torch.cat([bank.projections[name] for name in names])
-            side = choose_side(self.shared_side, *weight.shape[1:])
             # with the basis on the right, the latent is on the input side and outputs are outputs
-            basis = joint_svd(weight, side, self.rank)[0] if side == "left" else None
-            bases |= dict.fromkeys(names, basis)
+            left = choose_side(self.shared_side, *bank.projections[names[0]].shape[1:]) == "left"
+            bases |= dict.fromkeys(names, self._joint_basis(bank, names).basis if left else None)
         return bases
 
     def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
@@ -115,19 +126,32 @@ class MoBiE(Method):
             return Dense16(weight.to(torch.bfloat16))
         if self.other_linears == "arb_rc":
             return self._arb_rc().quantize_linear(weight, stats)
-        return self._binarize(weight[None], [stats], None)[0]
+        return self._binarize(weight[None], [stats], self._factor([stats]))[0]
 
     def quantize_router(self, weight: Tensor, stats: LinearStats) -> Packed:
         """Binarize the router, with NGES as Algorithm 4 has it; its saliency is local, it has no loss gradients."""
-        pooled = stats if self.nges else None
-        return replace(self, glas=False)._binarize(weight[None], [stats], pooled)[0]
+        projector = self._projector(stats) if self.nges else None
+        return replace(self, glas=False)._binarize(weight[None], [stats], self._factor([stats]), projector)[0]
 
     def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> dict[str, PackedBank]:
+        stored = self._joint_banks(bank)
+        joint: dict[str, JointBasis] = {}
+        if self.joint_svd != "off":
+            for members in stored.values():
+                joint |= dict.fromkeys(members, self._joint_basis(bank, members))
+        own: dict[str, PackedBank] = {}
+        for names in bank.same_input:
+            projectors = self._projectors(stats, names, joint, bank.working_devices[0])
+            own |= self.quantize_chunks(
+                bank, stats, names, partial(self._quantize_chunk, joint=joint, projectors=projectors)
+            )
         packed = {}
-        for name, members in self._joint_banks(bank).items():
-            weight = torch.cat([bank.projections[member] for member in members])
-            experts = [s for member in members for s in stats.experts[member]]
-            packed[name] = self._quantize_bank(weight, experts, stats.pooled[members[0]])
+        for name, members in stored.items():
+            experts = tuple(expert for member in members for expert in own[member].experts)
+            packed[name] = PackedBank(experts)
+            if members[0] in joint:
+                basis = joint[members[0]]
+                packed[name] = PackedBank(experts, self._pack_basis(basis.basis.cpu()), basis.side)
         return packed
 
     def _arb_rc(self) -> ARB:
@@ -153,57 +177,97 @@ class MoBiE(Method):
             return {GATE_UP: ("gate", "up")} | others
         return {name: (name,) for name in bank.projections}
 
-    def _quantize_bank(self, weight: Tensor, experts: list[LinearStats], pooled: LinearStats) -> PackedBank:
-        """One joint bank `(experts, out, in)`."""
-        pooled_or_none = pooled if self.nges and self.nges_target == "experts" else None
-        if self.joint_svd == "off":
-            return PackedBank(self._binarize(weight, experts, pooled_or_none))
-        side = choose_side(self.shared_side, *weight.shape[1:])
-        basis, factors = joint_svd(weight, side, self.rank)
-        row_weights = None
-        if side == "right":
-            experts = [s.through(basis) for s in experts]
-            pooled_or_none = pooled_or_none and pooled_or_none.through(basis)
-        elif self.row_weighting == "sigma2":
-            row_weights = basis.square().sum(0)  # σ²: U has unit columns
-        binarized = self._binarize(factors, experts, pooled_or_none, row_weights)
-        return PackedBank(binarized, self._pack_basis(basis), side)
+    def _joint_basis(self, bank: ExpertBank, names: Sequence[str]) -> JointBasis:
+        weights = [bank.projections[name] for name in names]
+        side = choose_side(self.shared_side, *weights[0].shape[1:])
+        return joint_basis(weights, side, self.rank, bank.working_devices[0])
+
+    def _projectors(
+        self, stats: BankStats, names: Sequence[str], joint: Mapping[str, JointBasis], device: torch.device
+    ) -> dict[str, Tensor]:
+        """NGES's projector P `(in, in)` of every projection; none without NGES.
+
+        Projections with the same inputs share one, unless a basis on the right gives each inputs of its own.
+        """
+        if not (self.nges and self.nges_target == "experts"):
+            return {}
+        projectors: dict[str, Tensor] = {}
+        for name in names:
+            basis = joint.get(name)
+            if basis is not None and basis.side == "right":
+                projectors[name] = self._projector(stats.pooled[name].to(device).through(basis.basis))
+            else:
+                shared = projectors.get(names[0])
+                projectors[name] = self._projector(stats.pooled[name].to(device)) if shared is None else shared
+        return projectors
+
+    def _quantize_chunk(
+        self,
+        weights: Mapping[str, Tensor],
+        stats: Sequence[Mapping[str, LinearStats]],
+        joint: Mapping[str, JointBasis],
+        projectors: Mapping[str, Tensor],
+    ) -> list[dict[str, Packed]]:
+        """Binarize the factors of some experts; `weights` name → `(experts, out, in)` share their input."""
+        packed: list[dict[str, Packed]] = [{} for _ in stats]
+        shared: Factor | None = None  # of the common Hessian
+        for name, weight in weights.items():
+            own, basis, row_weights = [expert[name] for expert in stats], joint.get(name), None
+            if basis is None or basis.side == "left":
+                shared = factor = self._factor(own) if shared is None else shared
+            else:
+                own = [s.through(basis.basis.to(weight.device)) for s in own]
+                factor = self._factor(own)
+            if basis is not None:
+                weight = basis.factors(weight)
+                if basis.side == "left" and self.row_weighting == "sigma2":
+                    row_weights = basis.basis.square().sum(0).to(weight.device)  # σ²: U has unit columns
+            projector = projectors[name].to(weight.device) if name in projectors else None
+            for expert, matrix in zip(packed, self._binarize(weight, own, factor, projector, row_weights), strict=True):
+                expert[name] = matrix
+        return packed
 
     def _pack_basis(self, basis: Tensor) -> Packed:
         if self.basis_bits == 16:
             return Dense16(basis.half())
         return SymmetricRows.quantize(basis, self.basis_bits)
 
+    def _factor(self, experts: Sequence[LinearStats]) -> Factor:
+        damped, dead = damp(torch.stack([s.hessian for s in experts]), self.percdamp)
+        hands_on = self.feedback != "none" and self.scope == "block" and damped.shape[-1] > self.block_size
+        return Factor(dead, inverse_cholesky(damped) if hands_on else None)
+
+    def _projector(self, pooled: LinearStats) -> Tensor:
+        return null_space_projector(self._null_space_gram(pooled), self.null_space_energy)
+
     def _binarize(
         self,
         weight: Tensor,
         experts: list[LinearStats],
-        pooled: LinearStats | None,
+        factor: Factor,
+        projector: Tensor | None = None,
         row_weights: Tensor | None = None,
     ) -> tuple[BinaryMatrix, ...]:
-        """Mixed-order binarization of `(experts, rows, in)`; NGES follows where `pooled` statistics are given."""
-        local = torch.stack([s.hessian for s in experts])
-        damped, dead = damp(local, self.percdamp)
-        weight = weight.masked_fill(dead[:, None], 0.0)
+        """Mixed-order binarization of `(experts, rows, in)`; NGES follows where its projector is given."""
+        weight = weight.masked_fill(factor.dead[:, None], 0.0)
         scores = saliency(weight, self._saliency_hessians(experts), self.saliency_rule, self.percdamp)
         salient = salient_columns(scores, self.salient_share)
         block_size = self.block_size if self.scope == "block" else weight.shape[2]
-        hands_on = self.feedback != "none" and weight.shape[2] > block_size
         first, second = binarize(
             weight,
             salient,
-            inverse_cholesky(damped) if hands_on else None,
+            factor.upper,
             feedback=self.feedback,
             block_size=block_size,
             row_weights=weight.new_ones(weight.shape[1]) if row_weights is None else row_weights,
             iterations=self.iterations,
             tolerance=self.tolerance,
         )
-        if pooled is not None:
+        if projector is not None:
             factors = suppress_shift(
                 weight,
                 first.dense(block_size) + second.dense(block_size),
-                null_space_projector(self._null_space_gram(pooled), self.null_space_energy),
+                projector,
                 self.regularization,
                 self.iterations,
                 self.tolerance,

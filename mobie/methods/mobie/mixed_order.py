@@ -41,6 +41,15 @@ class Plane:
         return Plane(self.signs, self.row * row[..., None], self.column * column)
 
 
+def times_columns(matrices: Tensor, columns: Tensor) -> Tensor:
+    """`matrices (experts, rows, n)` times one vector each, `(experts, n)` → `(experts, rows)`.
+
+    Each vector is multiplied twice over: the library's product with a single vector rounds differently for other
+    numbers of experts, that with two does not.
+    """
+    return (matrices @ columns[..., None].expand(-1, -1, 2))[..., 0]
+
+
 def fit_scales(
     projected: Tensor, columns: Tensor, row_weights: Tensor, iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
@@ -58,16 +67,20 @@ def fit_scales(
     inside = columns.float()
     column = inside.clone()
     row = projected.new_ones(projected.shape[:2])
+    running = torch.ones(len(row), 1, dtype=torch.bool, device=row.device)  # an expert stops where it has converged
     for _ in range(iterations):
         before = row, column
-        row = (projected @ column[..., None]).squeeze(-1) / (column.square().sum(-1, keepdim=True) + EPSILON)
+        row = times_columns(projected, column) / (column.square().sum(-1, keepdim=True) + EPSILON)
         weighted = row * row_weights
         column = inside * (weighted[:, None] @ projected).squeeze(1)
         column = column / ((weighted * row).sum(-1, keepdim=True) + EPSILON)
+        row, column = (torch.where(running, new, old) for new, old in zip((row, column), before, strict=True))
         change = [
-            ((new - old).abs() / (old.abs() + EPSILON)).max() for new, old in zip((row, column), before, strict=True)
+            ((new - old).abs() / (old.abs() + EPSILON)).amax(-1, keepdim=True)
+            for new, old in zip((row, column), before, strict=True)
         ]
-        if max(change) < tolerance:
+        running = running & ~(torch.maximum(*change) < tolerance)
+        if not running.any():
             break
     balance = column.sum(-1, keepdim=True) / inside.sum(-1, keepdim=True).clamp(min=1)
     safe = torch.where(balance > 0, balance, 1.0)

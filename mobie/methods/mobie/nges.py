@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mobie.methods.mobie.mixed_order import times_columns
+
 EPSILON = 1e-8
 
 
@@ -49,12 +51,16 @@ def suppress_shift(
     energy = binarized.square()
     row = weight.new_ones(weight.shape[:2])
     column = weight.new_ones(weight.shape[0], weight.shape[2])
+    running = torch.ones(len(row), 1, dtype=torch.bool, device=row.device)  # an expert stops where it has converged
     for _ in range(iterations):
         before = row, column
-        row = (product @ column[..., None]).squeeze(-1) + regularization
-        row = row / ((energy @ column.square()[..., None]).squeeze(-1) + regularization + EPSILON)
+        row = times_columns(product, column) + regularization
+        row = row / (times_columns(energy, column.square()) + regularization + EPSILON)
         column = (row[:, None] @ product).squeeze(1) + regularization
         column = column / ((row.square()[:, None] @ energy).squeeze(1) + regularization + EPSILON)
-        if max((row - before[0]).abs().max(), (column - before[1]).abs().max()) < tolerance:
+        row, column = (torch.where(running, new, old) for new, old in zip((row, column), before, strict=True))
+        change = [(new - old).abs().amax(-1, keepdim=True) for new, old in zip((row, column), before, strict=True)]
+        running = running & ~(torch.maximum(*change) < tolerance)
+        if not running.any():
             break
     return row, column
