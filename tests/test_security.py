@@ -128,17 +128,19 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_models_own_code_is_never_run(model_folder: Path, tmp_path: Path) -> None:
-    from mobie.models.load import load_full_precision
+    from mobie.models.weights import StreamedModel
 
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     marker = tmp_path / "it-ran"
     (folder / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass C: pass\nclass M: pass\n")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    config |= {"auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match="cannot be read"):
-        load_full_precision(folder)
+    assert type(StreamedModel(folder).model).__name__ == "OlmoeForCausalLM"
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own"}))
+    with pytest.raises(UnsupportedError, match="unknown architecture 'own'"):
+        StreamedModel(folder)
     assert not marker.exists()
 
 
@@ -153,14 +155,14 @@ class Evil:
 
 
 def test_pickled_weights_are_refused(model_folder: Path, tmp_path: Path) -> None:
-    from mobie.models.load import load_full_precision
+    from mobie.models.weights import StreamedModel
 
     folder, marker = tmp_path / "model", tmp_path / "it-ran"
     shutil.copytree(model_folder, folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(marker)))
     with pytest.raises(DataError):
-        load_full_precision(folder)
+        StreamedModel(folder)
     assert not marker.exists()
 
 

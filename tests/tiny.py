@@ -191,10 +191,5 @@ def starve_experts(model: nn.Module, rare_token: int) -> None:
 class SilentObserver:
     """An experts observer that looks at nothing."""
 
-    sees_all_tokens = False
-
-    def inputs(self, *_: object) -> None:
-        pass
-
     def outputs(self, *_: object) -> None:
         pass

@@ -72,9 +72,9 @@ class StreamedModel:
         with self._values(OUTSIDE):
             yield self.model
 
-    def parameters_outside(self) -> list[str]:
-        """Names of the parameters that belong to no block."""
-        return [name for name, _ in self._parameters(OUTSIDE)]
+    def state_outside(self) -> dict[str, Tensor]:
+        """Parameters and buffers that belong to no block, by their names in the model's state dict."""
+        return {name: value for name, value in self.model.state_dict().items() if self._part(name) == OUTSIDE}
 
     @contextmanager
     def _values(self, part: str) -> Iterator[None]:
