@@ -401,8 +401,11 @@ def test_a_plan_asks_for_what_is_read(filled: Layout, suite: str) -> None:
 
 
 def test_models_that_a_suite_lacks_are_told(repository: Layout) -> None:
+    path = repository.config_file("suites", "paper")
+    changed = path.read_text().replace("qwen3-next-80b-a3b", "Qwen3-Next-80B-A3B")
+    path.write_text(f"{changed}absent_models: {{Qwen3-Next-80B-A3B: not on this hub}}\n")
     ablation = judged(repository, "paper").claim("ablation-15")
-    assert ablation.verdict == NOT_RUN and "no adapter" in ablation.reason
+    assert ablation.verdict == NOT_RUN and "not on this hub" in ablation.reason
 
 
 # --- the nano model ---------------------------------------------------------------------------------------------------
