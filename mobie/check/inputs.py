@@ -16,6 +16,7 @@ from mobie.check.findings import Report
 from mobie.check.records import Stored
 from mobie.config import ProtocolConfig, load_method, load_model_config, load_protocol, load_suite
 from mobie.errors import MobieError
+from mobie.lock import load_lock
 from mobie.paths import PACKAGE, Layout
 from mobie.sources import load_sources
 
@@ -191,6 +192,11 @@ def check_downloads(layout: Layout, records: Sequence[Stored], hashes: Hashes, r
             report.error(path, f"sha256 {hashes.sha256(path)}", f"{source.sha256} as in sources.csv", again)
     stamps = {layout.mirror_stamp: layout.mirror}
     stamps |= {layout.hub_model_stamp(r.model): layout.hub_model(r.model) for r in records}
+    lock = load_lock(layout)
+    for model in sorted({record.model for record in records} & lock.models.keys()):
+        stamp = layout.hub_model_stamp(model)
+        if stamp.is_file() and read_json(stamp).get("files") != lock.models[model].hashes:
+            report.error(stamp, "lists other files than lock.json", "those", f"run `mobie fetch --model {model}`")
     for stamp, folder in stamps.items():
         if not stamp.is_file():
             continue
