@@ -192,16 +192,14 @@ def check_downloads(layout: Layout, records: Sequence[Stored], hashes: Hashes, r
             report.error(path, f"sha256 {hashes.sha256(path)}", f"{source.sha256} as in sources.csv", again)
     stamps = {layout.mirror_stamp: layout.mirror}
     stamps |= {layout.hub_model_stamp(r.model): layout.hub_model(r.model) for r in records}
-    lock = load_lock(layout)
-    for model in sorted({record.model for record in records} & lock.models.keys()):
-        stamp = layout.hub_model_stamp(model)
-        if stamp.is_file() and read_json(stamp).get("files") != lock.models[model].hashes:
-            report.error(stamp, "lists other files than lock.json", "those", f"run `mobie fetch --model {model}`")
+    locked = {layout.hub_model_stamp(name): entry.hashes for name, entry in load_lock(layout).models.items()}
     for stamp, folder in stamps.items():
         if not stamp.is_file():
             continue
         try:
             _check_stamp(stamp, folder, hashes, report, again)
+            if stamp in locked and read_json(stamp)["files"] != locked[stamp]:
+                report.error(stamp, "lists other files than the lock", "those of lock.json", "run the fetch rule again")
         except (Damaged, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
             report.error(stamp, f"not a stamp ({error})", "the files of a download with their hashes", again)
 
