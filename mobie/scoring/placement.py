@@ -21,7 +21,9 @@ def place(model: PreTrainedModel) -> PreTrainedModel:
 
     if not torch.cuda.is_available():
         return model
-    room = {gpu: int(WEIGHTS_SHARE * torch.cuda.mem_get_info(gpu)[0]) for gpu in range(torch.cuda.device_count())}
+    room: dict[int | str, int] = {
+        gpu: int(WEIGHTS_SHARE * torch.cuda.mem_get_info(gpu)[0]) for gpu in range(torch.cuda.device_count())
+    }
     if weight_bytes(model) <= room[0]:
         return model.to("cuda")
     return spread(model, room)
@@ -32,14 +34,14 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def spread(model: PreTrainedModel, room: Mapping[int, int]) -> PreTrainedModel:
+def spread(model: PreTrainedModel, room: Mapping[int | str, int]) -> PreTrainedModel:
     """Split a model between blocks, in their order: over GPUs with so many bytes of room each, the rest in RAM."""
     from accelerate import dispatch_model
 
     return dispatch_model(model, device_map=places(model, room))
 
 
-def places(model: PreTrainedModel, room: Mapping[int, int]) -> dict[str, int | str]:
+def places(model: PreTrainedModel, room: Mapping[int | str, int]) -> dict[str, int | str]:
     """Device of every part of a model by its name; no block is split, the first GPU keeps room for a visiting one."""
     from accelerate import infer_auto_device_map
 
