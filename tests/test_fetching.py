@@ -26,10 +26,11 @@ from working_copy import copy_environment
 
 from mobie.cli import ONLINE, main
 from mobie.config import _load
+from mobie.containers.apptainer import bound
 from mobie.errors import ConfigError, DataError
 from mobie.fetching.mirror import mirrored_revision
 from mobie.fetching.repository import Repository
-from mobie.jobs.fetch import missing_in_mirror, suite_repositories
+from mobie.jobs.fetch import check_in_mirror, missing_in_mirror, suite_repositories
 from mobie.jobs.keys import Keys, checked_source, find_source, model_folder, model_origin, source_version
 from mobie.lock import download_bytes, load_lock
 from mobie.parsing import parse_json
@@ -539,6 +540,12 @@ def test_only_the_rules_that_fetch_call_a_verb_that_may_ask_the_network() -> Non
     assert "lock" not in {verb for called in verbs.values() for verb in called}  # the lock changes by hand only
 
 
+def test_an_image_can_read_the_mirror() -> None:
+    assert bound(Path("/m"), {}) == {"APPTAINER_BIND": "/m:/m:ro"}
+    once = bound(Path("/m"), {"APPTAINER_BIND": "/data,/x:/y"})
+    assert once == {"APPTAINER_BIND": "/data,/x:/y,/m:/m:ro"} == bound(Path("/m"), once)
+
+
 def test_rules_take_the_mirror_and_obey_the_lock(layout: Layout, mirror: Path) -> None:
     target = str(layout.hub_model_stamp(MODEL).relative_to(layout.root))
     targets = ("--config", f"mirror={mirror}", "--", target)
@@ -551,4 +558,9 @@ def test_rules_take_the_mirror_and_obey_the_lock(layout: Layout, mirror: Path) -
     (mirror / REPO / "model.safetensors").unlink()
     layout.hub_model_stamp(MODEL).unlink()
     shown = snakemake(layout, "-n", *targets)
-    assert shown.returncode == 1 and str(mirror / REPO / "model.safetensors") in shown.stdout + shown.stderr
+    told = shown.stdout + shown.stderr
+    assert shown.returncode == 1 and f"lacks {mirror / REPO / 'model.safetensors'}" in told and "hf download" in told
+    assert "of the suite smoke it lacks files of" not in told  # which takes nothing from the hub
+    with pytest.raises(DataError, match=r"of the suite paper it lacks files of .*olmoe-1b-7b, .*mmlu"):
+        check_in_mirror(MODEL, "paper", mirror, layout)
+    check_in_mirror(SET, "paper", mirror, layout)
