@@ -7,8 +7,9 @@
     passes: 2 (observed, then as stored); with loss gradients 5 more (forward, backward with recomputation, once more
             for guided Hessians). Methods without statistics take neither passes nor products.
 
-    device memory = BLOCK_COPIES · block in float32 + chunk + cached Hessians + activations of a batch + both ends
-    host memory   = a block and both ends as they are read + kept activations (up to BUDGET) + token weights of a block
+    device memory = BLOCK_COPIES · block in float32 + chunk + cached Hessians + activations of a batch
+    host memory   = a block, unpacked again, and both ends as they are read + kept activations (up to BUDGET)
+                    + token weights of a block
     disk at work  = kept activations beyond BUDGET (`--memory`); with loss gradients what enters every block, if it is
                     more
 
@@ -34,7 +35,7 @@ FORWARD_PASSES, GRADIENT_PASSES = 2, 5
 GRADIENT_GROUPS = 4
 GRADIENT_OPTIONS = ("joint_svd", "shared_side", "rank", "gradient_at", "gradient_groups", "router")
 NAMED_LINEARS = 7  # Linears of a block beside its experts, at most
-BLOCK_COPIES = 3  # as read, as packed and unpacked, what a method works on
+BLOCK_COPIES = 2  # as it runs, and what a method works on; packed results go to the host
 BATCH_TOKENS = 8192  # that pass through a block at a time, or one sequence if that is longer
 ACTIVATIONS = 10  # tensors as wide as the hidden state that a block holds for the backward pass
 EXPERT_ACTIVATIONS = 4  # the same as wide as an expert, for each of the experts of a token
@@ -193,7 +194,7 @@ def block_memory(
     entries = (size.layers + 2) * states if gradients else 0.0
     weights = gradients * gradient_bytes(config, size, tokens) / size.layers / 2**20
     return BlockMemory(
-        BLOCK_COPIES * block + hessians + _mib(batch * activations) + ends,
+        max(BLOCK_COPIES * block + hessians + _mib(batch * activations), ends),
         block + ends + held + weights,
         max(2 * (1 + gradients) * states - held, entries if entries > budget_mb else 0.0),
         kept,
