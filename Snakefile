@@ -4,10 +4,12 @@
 #   snakemake --cores all results/table2.csv                        one table, and what it needs
 #   snakemake --cores all paper_figures/fig6.png results/claims.md  a figure, the verdicts
 #   snakemake --cores all --config suite=paper results/table2.csv   the paper's models, GPU and hub
+#   snakemake --cores all --config suite=paper models=olmoe-1b-7b -- results/table2.csv   of these models alone
 #   snakemake --cores 1 results/audit.md                            the paper's tables against each other
 #   snakemake -n                                                    what would run
 #   snakemake --cores all train_nano                                train the embedded model again (hours)
 #
+# `python -m mobie plan [TARGET] [--config suite=paper]` says beforehand what it takes, `python -m mobie doctor` what is here.
 # A rule calls one verb of `python -m mobie`; `python -m mobie VERB --help` explains it.
 
 

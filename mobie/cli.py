@@ -14,6 +14,7 @@ import click
 from mobie.by_hand import chat_command, methods_command, schema_command, try_command
 from mobie.check.command import check_command
 from mobie.determinism import read_locally
+from mobie.doctor.command import doctor_command
 from mobie.errors import MobieError
 from mobie.fetching.command import fetch_command, lock_command
 from mobie.jobs.attempt import is_out_of_memory
@@ -47,6 +48,7 @@ NO_MEMORY = (
     "the same command again"
 )
 ONLINE = {"fetch", "lock"}  # every other verb reads local files only
+LOOKS_FIRST = {"doctor"}  # at the environment as it is, then drops its secrets by itself
 
 
 class ErrorsWithoutTraceback(click.Group):
@@ -76,12 +78,13 @@ def main(context: click.Context) -> None:
     METHOD is a file in workflow/config/methods, or one with changes: `mobie+regularization=0.3` or
     `billm+calibration.text=web-calibration`. To look at one method in two seconds, use `try`.
     """
-    if context.invoked_subcommand not in ONLINE:
+    if context.invoked_subcommand not in ONLINE | LOOKS_FIRST:
         read_locally()
 
 
 # before anything runs
 main.add_command(plan_command)
+main.add_command(doctor_command)
 # data, models and records
 main.add_command(fetch_command)
 main.add_command(lock_command)

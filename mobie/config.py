@@ -150,13 +150,13 @@ class ProtocolConfig(Strict):
         return self
 
     @property
-    def gated(self) -> PerplexityProtocol:
+    def gate_own(self) -> PerplexityProtocol:
         """The suite's own perplexity protocol on the text of its gate."""
         return next(part for part in self.perplexity if part.text == self.gate.text)
 
     def gate_digest(self) -> str:
         """SHA-256 of what decides the records of the gate: its grid, the own point in it, and the tasks."""
-        return digest([self.gate.gate_digest(self.gated), self.tasks.digest()])
+        return digest([self.gate.gate_digest(self.gate_own), self.tasks.digest()])
 
 
 class Sweep(Strict):

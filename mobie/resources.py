@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-DEFAULT_DEVICE = "cpu"
+AUTO, CPU = "auto", "cpu"
 DEFAULT_MEMORY = "4GB"
 
 
@@ -20,11 +20,11 @@ DEFAULT_MEMORY = "4GB"
 class Resources:
     """Devices by name, the first of which holds the block in work, and bytes for activations and statistics."""
 
-    devices: tuple[str, ...] = (DEFAULT_DEVICE,)
+    devices: tuple[str, ...] = (CPU,)
     memory: int = 4 * 10**9
 
     @classmethod
-    def parse(cls, device: str = DEFAULT_DEVICE, memory: str = DEFAULT_MEMORY) -> Resources:
+    def parse(cls, device: str = CPU, memory: str = DEFAULT_MEMORY) -> Resources:
         """Read `--device` and `--memory`. Raises `ConfigError` for a value of another form, or an absent device."""
         return cls(parse_devices(device), parse_memory(memory))
 
@@ -33,6 +33,11 @@ class Resources:
         import torch
 
         return tuple(torch.device(name) for name in self.devices)
+
+    @property
+    def kind(self) -> str:
+        """`cpu` or `cuda`: what decides the last digits of a result."""
+        return self.devices[0].partition(":")[0]
 
     def as_json(self) -> dict[str, Any]:
         """For a record."""
@@ -59,12 +64,12 @@ def parse_devices(text: str) -> tuple[str, ...]:
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if text == "auto":
-        return ("cuda:0",) if count else ("cpu",)
+    if text == AUTO:
+        return ("cuda:0",) if count else (CPU,)
     devices = tuple("cuda:0" if name == "cuda" else name for name in re.split(r"\s*,\s*", text.strip()))
     for name in devices:
         known = re.fullmatch(r"cpu|cuda:(\d+)", name)
-        if known is None or (len(devices) > 1 and len(set(devices)) < len(devices) and name != "cpu"):
+        if known is None or (len(devices) > 1 and len(set(devices)) < len(devices) and name != CPU):
             raise ConfigError(f"device is {text!r}, expected auto, cpu, cuda, or GPUs such as cuda:0,cuda:1, each once")
         if known[1] is not None and int(known[1]) >= count:
             raise ConfigError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import pytest
 from reliability.fault.network import git_blob
 
 LARGE = (".safetensors", ".parquet", ".gz")  # kept by the hub outside git, with their SHA-256
@@ -38,7 +39,8 @@ class Hub:
 
     repositories: dict[str, HubRepository] = field(default_factory=dict)
     token: str | None = None  # the only one that is right
-    cut: dict[str, int] = field(default_factory=dict)  # file → bytes after which the connection is closed
+    cut: dict[str, list[int]] = field(default_factory=dict)  # file → bytes after which the next answers break off
+    flipped: set[str] = field(default_factory=set)  # files that arrive with another byte than is listed
     sent: dict[str, int] = field(default_factory=dict)  # file → bytes sent in all
     requests: list[str] = field(default_factory=list)
 
@@ -52,6 +54,17 @@ class Hub:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def connect(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the client of this process talk to a hub, with no token but a test's own: what HF_ENDPOINT does at import."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -135,10 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", repository.commit)
         self.end_headers()
         if self.command == "GET":
-            part = data[start : self.hub.cut.get(name)]
+            ends = self.hub.cut.get(name)
+            self.close_connection = bool(ends)
+            part = data[start : ends.pop(0) if ends else None]
             self.hub.sent[name] = self.hub.sent.get(name, 0) + len(part)
-            self.wfile.write(part)
-            self.close_connection = name in self.hub.cut
+            self.wfile.write(bytes([part[0] ^ 1]) + part[1:] if name in self.hub.flipped else part)
         return None
 
     def _refuse(self, status: int, code: str, message: str = "") -> None:

@@ -36,7 +36,7 @@ FROM_RECORDS = {"table", "figure", "sensitivity", "claims", "report", "readme", 
 #: they copy, check, count, list or talk, and store no value that a model computed; score-code starts other programs
 NEITHER = {
     *("fetch", "lock", "mirror", "audit", "check", "reliability", "methods", "schema", "kernels", "tune", "chat"),
-    "score-code",
+    *("score-code", "plan", "doctor"),
 }
 #: calls that set what the one place sets, and files that may have them: seeds of training and of sampling are options
 SETTERS = {"set_num_threads", "use_deterministic_algorithms", "set_float32_matmul_precision"}
@@ -93,12 +93,16 @@ def test_settings_of_a_process_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).stdout == b"None\n"
 
 
-def test_no_verb_but_fetch_may_ask_the_network(repository: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_verb_but_fetch_and_lock_may_ask_the_network(repository: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert CliRunner().invoke(main, ["fetch", "no-such-source"]).exit_code == 2
     assert os.environ["HF_HUB_OFFLINE"] == "0"
-    assert CliRunner().invoke(main, ["methods"]).exit_code == 0
-    assert {name: os.environ.get(name) for name in determinism.LOCAL} == determinism.LOCAL
+    for verb in main.commands:
+        for name in determinism.LOCAL:
+            monkeypatch.delenv(name, raising=False)
+        assert CliRunner().invoke(main, [verb, "--help"]).exit_code == 0
+        found = {name: os.environ.get(name) for name in determinism.LOCAL}
+        assert found == (dict.fromkeys(determinism.LOCAL) if verb in ("fetch", "lock") else determinism.LOCAL), verb
 
 
 def test_a_change_of_the_settings_makes_results_stale() -> None:

@@ -102,6 +102,19 @@ def test_inverse_cholesky_is_the_factor_of_the_inverse() -> None:
     torch.testing.assert_close(factor.double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("columns", [9, 20, 64])
+def test_halving_wide_matrices_gives_the_same_factor(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(50, columns, generator=generator(1))
+    hessian = damp(x.mT @ x)[0]
+    direct = inverse_cholesky(hessian)
+    monkeypatch.setattr("mobie.methods.hessian.DIRECT_WIDTH", 4)
+    halved = inverse_cholesky(hessian)
+    assert torch.equal(halved, halved.triu())
+    torch.testing.assert_close(halved, direct, rtol=1e-6, atol=1e-9)
+    with pytest.raises(DataError, match="not positive definite"):
+        inverse_cholesky(hessian - 2 * torch.diag(torch.arange(columns) == columns - 1) * hessian)
+
+
 @pytest.mark.parametrize("broken", [torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.full((2, 2), torch.nan)])
 def test_indefinite_hessian_names_the_remedy(broken: Tensor) -> None:
     with pytest.raises(DataError, match=r"Hessian 2 of 2 \(width 2\) is not positive definite.*percdamp"):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mobie.jobs import stale
 from mobie.jobs.keys import Keys, model_files
 from mobie.jobs.score import REFERENCE
 from mobie.paths import PACKAGE, Layout
+from mobie.plan.graph import Graph
 from mobie.records import Record, write_record
 from mobie.tables import TABLES, table_records
 from mobie.verdicts import verdict_records
@@ -52,6 +54,9 @@ def no_torch(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("suite", ["smoke", "tiny", "paper"])
 def test_a_suite_resolves_whole_without_torch(repository: Layout, no_torch: Path, suite: str) -> None:
     jobs = planned(snakemake(repository.root, "-n", "--config", f"suite={suite}", path=no_torch))
+    assert Counter(job.rule.name for job in Graph(repository, suite).jobs(["all"])) == {
+        name: count for name, count in jobs.items() if name != "total"
+    }  # `python -m mobie plan`
     assert jobs["table"] == len(TABLES)
     assert jobs["figure"] == len(FIGURES)
     assert jobs["claims"] == jobs["report"] == jobs["audit"] == 1

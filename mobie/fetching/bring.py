@@ -102,9 +102,10 @@ def _bring_unlocked(repository: Repository, folder: Path, origin: Origin, *, lin
     for name, sha in hash_files({name: folder / name for name in missing}, repository.name).items():
         if not _is_remote(folder / name, sha, listing.files[name]):
             (folder / name).unlink()
+            expected = listing.files[name].sha256 or f"{listing.files[name].blob} of git"
             raise DataError(
-                f"{folder / name}: got the sha256 {sha}, expected {listing.files[name]} as the hub says; it was "
-                f"damaged on its way and was removed: {hub.KEPT}"
+                f"{folder / name}: got sha256 {sha}, expected the hash {expected} as the hub says; it was damaged on "
+                f"its way and was removed: {hub.KEPT}"
             )
         hashes[name] = sha
     return Arrived(listing.revision, {name: hashes[name] for name in sorted(hashes)})

@@ -23,8 +23,8 @@ def fetch_command(source: str | None, model: str | None, mirror: str | None) -> 
 
     What is there already is checked and kept; a truncated or changed download is refused and removed. A repository of
     the hub that is in workflow/config/lock.json (see `lock`) is taken at that revision, and every file is compared with
-    its hash there; of one that is not, the newest revision is taken, with a warning. A model whose download was cut off
-    goes on from what has arrived.
+    its hash there; of one that is not, the newest revision is taken, with a warning. Of a model whose
+    download was cut off, finished files are kept.
 
     With a mirror nothing is asked of the network: DIR/OWNER/NAME holds a repository's files (as `hf download OWNER/NAME
     --local-dir DIR/OWNER/NAME` lays them out, or the hub's own cache), DIR/FILE.whl a wheel. Models are linked to, not

@@ -64,7 +64,10 @@ def list_repository(repository: Repository, revision: str | None = None) -> List
 
 
 def download(repository: Repository, listing: Listing, names: Collection[str], folder: Path) -> None:
-    """Bring files of a repository to `folder`. What an interrupted download left of a file is gone on with.
+    """Bring files of a repository to `folder`, the smallest first.
+
+    Where the connection breaks, the client itself goes on a few times; after that, the file starts again with the next
+    call.
 
     Raises:
         DataError: the hub cannot be read or refuses; finished files stay.

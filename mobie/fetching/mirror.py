@@ -130,14 +130,15 @@ def check_repository(repository: Repository, mirror: Path, locked: LockedReposit
     if missing or folder is None:
         plain, cache = _places(repository, mirror)
         kind = " --repo-type dataset" if repository.kind == "dataset" else ""
+        only = "".join(f" --include '{pattern}'" for pattern in repository.patterns)  # C4 whole is hundreds of GB
         revision = (locked.revision if locked is not None else None) or repository.revision
         at = f" --revision {revision}" if revision else ""
         raise lacks(
             repository.label,
             missing,
             mirror,
-            f"looked in {plain} and {cache}/snapshots; put them there with `hf download {repository.repo}{kind}{at} "
-            f"--local-dir {plain}` where there is a network",
+            f"looked in {plain} and {cache}/snapshots; put them there, where there is a network, with `hf download "
+            f"{repository.repo}{kind}{at}{only} --local-dir {plain}`",
         )
     return folder
 

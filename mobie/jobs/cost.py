@@ -52,6 +52,7 @@ READ_BYTES_PER_SECOND = 2e8
 EFFICIENCY = 0.15
 FLOPS = {"cpu": 6e10, "gpu": EFFICIENCY * 312e12}
 FLOAT32_FLOPS = {"cpu": 6e10, "gpu": EFFICIENCY * 19.5e12}
+GRAM_FLOPS = {"cpu": 1.2e11, "gpu": EFFICIENCY * 19.5e12}  # large products of float32 alone
 GPU_CORES = 100
 STEP_SECONDS = 0.1  # one token written by every row of a batch
 BANDWIDTH = {"cpu": 1e10, "gpu": EFFICIENCY * 1.5e12}  # bytes per second
@@ -177,6 +178,7 @@ def _quantizing(keys: Keys, size: Size, device: Device) -> Need:
         START_SECONDS
         + 2 * size.parameters / READ_BYTES_PER_SECOND
         + effort.flops / FLOAT32_FLOPS[device]
+        + effort.gram_flops / GRAM_FLOPS[device]
         + effort.core_seconds / cores
     )
     if device == "gpu":
@@ -215,7 +217,7 @@ def _perplexity(calibration: Calibration, protocol: ProtocolConfig) -> Work:
 
 
 def _gate(calibration: Calibration, protocol: ProtocolConfig) -> Work:
-    return _windows(protocol.gate.points(protocol.gated), 1)
+    return _windows(protocol.gate.points(protocol.gate_own), 1)
 
 
 def _routing(calibration: Calibration, protocol: ProtocolConfig) -> Work:

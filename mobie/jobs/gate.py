@@ -55,7 +55,7 @@ def _printed(keys: Keys) -> tuple[Printed, ...]:
 
 def _gate(keys: Keys) -> Job:
     folder, manifest = checkpoint_of(keys, REFERENCE)
-    gate, own = keys.protocol.gate, keys.protocol.gated
+    gate, own = keys.protocol.gate, keys.protocol.gate_own
     if gate.text not in TEXTS:
         raise ConfigError(unknown_name("text", gate.text, TEXTS))
     documents = read_text(gate.text, checked_source(TEXTS[gate.text].source, keys.layout))

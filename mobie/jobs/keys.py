@@ -23,7 +23,7 @@ from mobie.lock import LockedRepository, locked_entry
 from mobie.parsing import parse_json
 from mobie.paths import Layout, embedded_model
 from mobie.provenance import digest, file_hash
-from mobie.sources import CHECKSUMS, HUB, UNPINNED, Source, fetch, is_locked, load_sources
+from mobie.sources import CHECKSUMS, HUB, Source, fetch, is_locked, load_sources
 from mobie.storage import unsealed, write_text
 
 
@@ -182,9 +182,9 @@ def find_source(name: str, layout: Layout) -> Source:
 
 
 def source_version(source: Source, layout: Layout) -> str:
-    """The register's version of a source; of a locked repository its revision and the digest of its files' hashes."""
+    """The register's version of a source; of a locked repository its revision, and the digest of its files' hashes."""
     locked = source_lock(source, layout)
-    return source.version if locked is None else f"{locked.revision or UNPINNED}:{digest(locked.hashes)}"
+    return source.version if locked is None else f"{locked.revision or 'locked'}:{digest(locked.hashes)}"
 
 
 def source_lock(source: Source, layout: Layout) -> LockedRepository | None:

@@ -11,9 +11,12 @@ from mobie.jobs.keys import Keys, model_folder, model_hash, model_origin
 from mobie.jobs.stale import gradient_code, quantize_code
 from mobie.provenance import collect, digest, file_hash
 from mobie.records import Measurement, Record, write_record
+from mobie.resources import CPU, Resources
+
+DEFAULT_RESOURCES = Resources()
 
 
-def quantize_job(keys: Keys, *, progress: bool) -> Record:
+def quantize_job(keys: Keys, resources: Resources = DEFAULT_RESOURCES, *, progress: bool) -> Record:
     """Write `checkpoint/` with its model card, and `quantize.json`.
 
     Blocks that an earlier run of the same job finished are kept.
@@ -32,10 +35,11 @@ def quantize_job(keys: Keys, *, progress: bool) -> Record:
     tokens, _ = load_tokens(keys.calibration)
     code = quantize_code(config.method)
     inputs = {"model": model_hash(keys), "calibration": file_hash(keys.calibration)}
-    fingerprint = digest({"code": code, "inputs": inputs, "method": config.method, "options": config.options})
+    decides = inputs if resources.kind == CPU else inputs | {"device": resources.kind}
+    fingerprint = digest({"code": code, "inputs": decides, "method": config.method, "options": config.options})
 
     cache = GradientCache(
-        keys.layout.gradients(keys.suite, keys.model), digest({"code": gradient_code(), "inputs": inputs})
+        keys.layout.gradients(keys.suite, keys.model), digest({"code": gradient_code(), "inputs": decides})
     )
 
     outcome = attempt(
@@ -46,6 +50,7 @@ def quantize_job(keys: Keys, *, progress: bool) -> Record:
             keys.checkpoint,
             fingerprint=fingerprint,
             gradient_cache=cache,
+            resources=resources,
             progress=progress,
         ),
         keys.checkpoint,
@@ -54,6 +59,7 @@ def quantize_job(keys: Keys, *, progress: bool) -> Record:
     details: dict[str, Any] = {
         "options": config.options,
         "origin": model_origin(keys),
+        "resources": resources.as_json(),
         "traceback": list(outcome.traceback),
     }
     if outcome.value is not None:

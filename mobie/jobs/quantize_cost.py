@@ -1,18 +1,18 @@
 """What quantizing takes, by method: seconds, stored bits, memory of the block loop. `cost.py` has the whole picture.
 
-    seconds = passes · 2 · active parameters · tokens / FLOP/s                      the model's own forward and backward
-            + 2 · tokens · layers · (top_k · (hidden² + width²) + 2 · hidden²) · grams / FLOP/s   Hessians
-            + quantized weights · seconds per weight · (columns / COLUMNS)           the method itself
+    seconds = passes · 2 · active parameters · tokens / FLOP/s                     the model's own forward and backward
+            + (hessian_flops + again_flops) · tokens · layers / GRAM_FLOP/s        Hessians
+            + quantized weights · seconds per weight · columns / COLUMNS           the method itself
 
     passes: 2 (observed, then as stored); with loss gradients 5 more (forward, backward with recomputation, once more
-            for guided Hessians). grams: 1, with loss gradients 1 + groups. Without statistics none of either.
+            for guided Hessians). Methods without statistics take neither passes nor products.
 
-    device memory = BLOCK_COPIES · block in float32 + chunk + batch of activations + logits of a batch
-    host memory   = a block and the two ends of the model as they are read, and what is kept: hidden states of all
-                    tokens (two streams with loss gradients), inputs of a layer's experts; BUDGET of that, the rest on
-                    disk
+    device memory = BLOCK_COPIES · block in float32 + chunk + cached Hessians + activations of a batch + both ends
+    host memory   = a block and both ends as they are read + kept activations (up to BUDGET) + token weights of a block
+    disk at work  = kept activations beyond BUDGET; with loss gradients what enters every block, if that is more
 
-The model as a whole is never in memory, so nothing here grows with the number of blocks but what is on disk.
+The block loop keeps hidden states of all tokens and inputs of the layer's experts, both once more with loss gradients.
+The model as a whole is never in memory, so only disk grows with the number of blocks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from mobie.jobs.size import ATTENTION_LINEARS
 
 if TYPE_CHECKING:
     from mobie.config import Calibration, MethodConfig
@@ -31,10 +33,11 @@ GRADIENT_GROUPS = 4
 GRADIENT_OPTIONS = ("joint_svd", "shared_side", "rank", "gradient_at", "gradient_groups", "router")
 NAMED_LINEARS = 7  # Linears of a block beside its experts, at most
 BLOCK_COPIES = 3  # as read, as packed and unpacked, what a method works on
-BATCH_SEQUENCES = 8  # sequences that pass through a block at a time
-ACTIVATIONS = 8  # tensors as wide as the hidden state that a block holds while it runs
+BATCH_TOKENS = 8192  # that pass through a block at a time, or one sequence if that is longer
+ACTIVATIONS = 10  # tensors as wide as the hidden state that a block holds for the backward pass
+EXPERT_ACTIVATIONS = 4  # the same as wide as an expert, for each of the experts of a token
 CHUNK_MB = 1024  # statistics and work of as many experts as fit
-BUDGET_MB = 4096  # of kept activations in RAM
+BUDGET_MB = 4e9 / 2**20  # of kept activations in RAM, and of Hessians that are kept
 FLOAT = 4  # bytes
 
 
@@ -42,7 +45,7 @@ FLOAT = 4  # bytes
 class MethodCost:
     """What a registered method takes.
 
-    seconds: per quantized weight of 2048 columns on one processor core, statistics given; see MEASURED below.
+    seconds: per quantized weight of 2048 columns on one processor core, statistics given.
     bits:    stored per quantized weight, all buffers counted; None: `bits` of its options with their grid.
     statistics: whether calibration tokens pass through the model at all.
     """
@@ -101,29 +104,56 @@ def gradient_key(config: MethodConfig) -> tuple[Any, ...] | None:
 
 def gradient_bytes(config: MethodConfig, size: Size, tokens: int) -> float:
     """Squared loss gradients on disk: per token, group and output that a method asks for, in every block."""
-    groups = config.options.get("gradient_groups", GRADIENT_GROUPS)
-    return float(tokens * groups * (NAMED_LINEARS + 3 * size.top_k) * size.layers * FLOAT)
+    return float(tokens * groups_of(config) * (NAMED_LINEARS + 3 * size.top_k) * size.layers * FLOAT)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Work of one quantize job: floating-point operations of matrix products, and seconds on a core for the rest."""
+    """Work of a quantize job: floating-point operations in the model and in Hessians, seconds on a core beside."""
 
     flops: float
+    gram_flops: float
     core_seconds: float
 
 
 def effort(config: MethodConfig, size: Size, calibration: Calibration) -> Effort:
     """The formula of the module's docstring, before it is divided by a machine's speed."""
     cost, tokens = method_cost(config), calibration.sequences * calibration.length
-    own = (size.parameters - size.ends) * cost.seconds * max(size.hidden, size.width) / COLUMNS
+    own = method_seconds(config, size, size.parameters - size.ends)
     if not cost.statistics:
-        return Effort(0.0, own)
+        return Effort(0.0, 0.0, own)
     gradients = needs_gradients(config)
     passes = FORWARD_PASSES + GRADIENT_PASSES * gradients
-    grams = 1 + gradients * config.options.get("gradient_groups", GRADIENT_GROUPS)
-    products = size.top_k * (size.hidden**2 + size.width**2) + 2 * size.hidden**2
-    return Effort(2.0 * tokens * (passes * size.active + grams * size.layers * products), own)
+    grams = hessian_flops(config, size) + again_flops(config, size)
+    return Effort(2.0 * tokens * passes * size.active, tokens * size.layers * grams, own)
+
+
+def method_seconds(config: MethodConfig, size: Size, weights: int) -> float:
+    """Seconds on one core of a method's own mathematics, statistics given."""
+    return weights * method_cost(config).seconds * max(size.hidden, size.width) / COLUMNS
+
+
+def hessian_flops(config: MethodConfig, size: Size) -> float:
+    """Per token and layer, of the Hessians that a method asks for. Gate and up share one, but not their guided ones."""
+    guided = needs_gradients(config)
+    grams = 1 + guided * groups_of(config)
+    experts = grams * ((1 + guided) * size.hidden**2 + size.width**2)
+    attention = (2 + guided * groups_of(config) * ATTENTION_LINEARS) * size.hidden**2
+    return 2.0 * (size.top_k * experts + attention)
+
+
+def again_flops(config: MethodConfig, size: Size) -> float:
+    """Per token and layer, of what the block loop computes anew rather than keeps.
+
+    Inputs of down whenever its Hessian is formed, and all Hessians once more for the output errors in the record.
+    """
+    inputs = (2 + needs_gradients(config)) * 2 * size.hidden * size.width
+    return 2.0 * size.top_k * (inputs + 2 * size.hidden**2 + size.width**2)
+
+
+def groups_of(config: MethodConfig) -> int:
+    """Channel groups with a guided Hessian each."""
+    return int(config.options.get("gradient_groups", GRADIENT_GROUPS))
 
 
 @dataclass(frozen=True)
@@ -139,21 +169,26 @@ class BlockMemory:
 def block_memory(config: MethodConfig, size: Size, calibration: Calibration) -> BlockMemory:
     """Memory of the block loop; on a processor `device` and `host` are one and add up."""
     cost, gradients = method_cost(config), needs_gradients(config)
-    block, ends = size.block * FLOAT / 2**20, size.ends * FLOAT / 2**20
-    kept = checkpoint_bytes(config, size) / 2**20
+    block, ends, kept = _mib(size.block), _mib(size.ends), checkpoint_bytes(config, size) / 2**20
     if not cost.statistics:
         return BlockMemory(BLOCK_COPIES * block, ends, 0.0, kept)
     tokens = calibration.sequences * calibration.length
-    batch = min(BATCH_SEQUENCES, calibration.sequences) * calibration.length
-    activations = ACTIVATIONS * batch * max(size.hidden, size.top_k * size.width) * FLOAT / 2**20
-    logits = 2 * calibration.length * size.vocabulary * FLOAT / 2**20 if gradients else 0.0
-    pooled = (1 + gradients * GRADIENT_GROUPS) * (2 * size.hidden**2 + size.width**2) * FLOAT / 2**20
-    streams = (1 + gradients) * tokens * size.hidden * FLOAT / 2**20
-    rows = tokens * (size.hidden + size.top_k * size.width) * FLOAT / 2**20
-    held = min(streams + rows, BUDGET_MB)
+    batch = min(tokens, max(BATCH_TOKENS, calibration.length))
+    activations = ACTIVATIONS * size.hidden + size.top_k * (size.hidden + EXPERT_ACTIVATIONS * size.width)
+    expert = (1 + gradients * groups_of(config)) * (2 * size.hidden**2 + size.width**2)
+    hessians = min(CHUNK_MB, _mib(size.experts * expert)) + min(BUDGET_MB, _mib(size.experts * expert))
+    states = _mib(tokens * size.hidden)
+    held = min(2 * (1 + gradients) * states, BUDGET_MB)
+    entries = (size.layers + 2) * states if gradients else 0.0
+    weights = gradients * gradient_bytes(config, size, tokens) / size.layers / 2**20
     return BlockMemory(
-        BLOCK_COPIES * block + CHUNK_MB + activations + logits + pooled + ends * gradients / 2,
-        block + ends + held,
-        streams + rows - held,
+        BLOCK_COPIES * block + hessians + _mib(batch * activations) + ends,
+        block + ends + held + weights,
+        max(2 * (1 + gradients) * states - held, entries if entries > BUDGET_MB else 0.0),
         kept,
     )
+
+
+def _mib(numbers: float) -> float:
+    """MiB of so many numbers in float32."""
+    return numbers * FLOAT / 2**20

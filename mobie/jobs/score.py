@@ -126,14 +126,14 @@ def checkpoint_of(keys: Keys, method: str) -> tuple[Path, str]:
 
 
 def load(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint, on the GPU where there is one."""
+    """Model and tokenizer of a checkpoint, on the GPU where there is one, as far as it fits."""
     import torch
 
     from mobie.packing.checkpoint import load_model
+    from mobie.scoring.placement import place
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(folder, getattr(torch, dtype))
-    return model.to(device), tokenizer
+    return place(model), tokenizer
 
 
 def _perplexity(keys: Keys) -> Job:

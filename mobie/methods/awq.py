@@ -25,10 +25,10 @@ from mobie.packing.base import Packed
 from mobie.packing.grid import (
     Grid,
     check_grid_options,
-    decode,
     encode,
     fit_grid,
     pack_bank,
+    round_trip,
     split_groups,
     spread_groups,
 )
@@ -50,12 +50,6 @@ def channel_scale(mean_abs: Tensor, ratio: float) -> Tensor:
     return (scale / centre).clamp(half.tiny, half.max).half().float()
 
 
-def round_trip(weight: Tensor, bits: int, group_size: int | None) -> Tensor:
-    """Weights `(..., out, in)` rounded to the nearest point of their groups' grids."""
-    scale, zero = fit_grid(weight, bits, group_size)
-    return decode(encode(weight, scale, zero, bits, group_size), scale, zero, group_size)
-
-
 def scale_errors(
     weights: Sequence[Tensor], hessian: Tensor, mean_abs: Tensor, bits: int, group_size: int | None
 ) -> Tensor:
@@ -74,8 +68,8 @@ def scale_errors(
         scale = channel_scale(mean_abs, ratio)
         for weight in weights:
             scaled = weight * scale.unsqueeze(-2)
-            change = (round_trip(scaled, bits, group_size) - scaled) / scale.unsqueeze(-2)
-            errors.append((change @ hessian * change).sum(dim=(-2, -1)))
+            change = round_trip(scaled, bits, group_size).sub_(scaled).div_(scale.unsqueeze(-2))
+            errors.append((change @ hessian).mul_(change).sum(dim=(-2, -1)))
     return torch.stack(errors).unflatten(0, (len(RATIOS), len(weights)))
 
 
@@ -122,9 +116,9 @@ def clip(weight: Tensor, scale: Tensor, gram: Tensor, bits: int, group_size: int
     for ratio in CLIP_RATIOS:
         limit = spread_groups(largest * ratio, group_size, columns)
         clipped = weight.clamp(-limit, limit)
-        change = (round_trip(clipped, bits, group_size) - weight) / scale.unsqueeze(-2)
+        change = round_trip(clipped, bits, group_size).sub_(weight).div_(scale.unsqueeze(-2))
         change = split_groups(change, group_size).transpose(-3, -2)  # (..., groups, out, group_size)
-        error = (change @ gram * change).sum(dim=-1).mT  # (..., out, groups)
+        error = (change @ gram).mul_(change).sum(dim=-1).mT  # (..., out, groups)
         best = torch.where(spread_groups(error < least, group_size, columns), clipped, best)
         least = torch.minimum(error, least)
     return best

@@ -44,16 +44,46 @@ def inverse_cholesky(hessian: Tensor) -> Tensor:
     size = hessian.shape[-1]
     flat = hessian.reshape(-1, size, size)
     factors = torch.empty(flat.shape, dtype=torch.float32, device=hessian.device)
-    identity = torch.eye(size, dtype=torch.float64, device=hessian.device)
     for index, matrix in enumerate(flat):
-        lower, info = torch.linalg.cholesky_ex(matrix.double().flip(0, 1))
-        if info.item() or not lower.isfinite().all():
+        inverse = _inverse_of_factor(matrix.flip(0, 1).double())
+        if inverse is None:
             raise DataError(
                 f"Hessian {index + 1} of {len(flat)} (width {size}) is not positive definite; expected XᵀX of finite "
                 "inputs plus damping: give more calibration tokens or a larger percdamp (0.01 is usual, try 0.1)"
             )
-        factors[index] = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+        factors[index] = inverse.flip(0, 1)
     return factors.reshape(hessian.shape)
+
+
+#: width up to which LAPACK factors and inverts; wider matrices are halved, which leaves nearly all work to products
+DIRECT_WIDTH = 512
+
+
+def _inverse_of_factor(matrix: Tensor) -> Tensor | None:
+    """L⁻¹ for a matrix `L Lᵀ` `(n, n)`, None where it is not positive definite.
+
+    A = [A₁  · ]    L⁻¹ = [     L₁⁻¹        0  ]    B = C L₁⁻ᵀ,  L₂ L₂ᵀ = A₂ - B Bᵀ
+        [C   A₂]          [-L₂⁻¹ B L₁⁻¹    L₂⁻¹]
+    """
+    size = len(matrix)
+    if size <= DIRECT_WIDTH:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if info.item() or not lower.isfinite().all():
+            return None
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+    first, second = slice(0, size // 2), slice(size // 2, size)
+    upper_left = _inverse_of_factor(matrix[first, first])
+    if upper_left is None:
+        return None
+    below = matrix[second, first] @ upper_left.T
+    lower_right = _inverse_of_factor(matrix[second, second] - below @ below.T)
+    if lower_right is None:
+        return None
+    inverse = torch.zeros_like(matrix)
+    inverse[first, first], inverse[second, second] = upper_left, lower_right
+    inverse[second, first] = -(lower_right @ (below @ upper_left))
+    return inverse
 
 
 #: what later columns take up of a block's error: E / diag U times U, as the released baselines do; the least-squares

@@ -48,7 +48,13 @@ def nominal_bits(bits: int, group_size: int | None) -> float:
 def split_groups(values: Tensor, group_size: int | None) -> Tensor:
     """`(..., in)` → `(..., groups, group_size)`, the last group padded with zeros (which no grid's range notices)."""
     size = group_size or values.shape[-1]
-    return pad(values, (0, -values.shape[-1] % size)).unflatten(-1, (-1, size))
+    missing = -values.shape[-1] % size
+    return (pad(values, (0, missing)) if missing else values).unflatten(-1, (-1, size))
+
+
+def join_groups(groups: Tensor, columns: int) -> Tensor:
+    """Inverse of `split_groups`: `(..., groups, group_size)` → `(..., columns)`."""
+    return groups.flatten(-2)[..., :columns]
 
 
 def spread_groups(values: Tensor, group_size: int | None, columns: int) -> Tensor:
@@ -86,19 +92,26 @@ def fit_grid(weight: Tensor, bits: int, group_size: int | None) -> tuple[Tensor,
 
 def nearest_code(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Code of the grid point nearest to each weight, as float32 integers; the arguments broadcast."""
-    return ((weight / scale).round() + zero).clamp(0, (1 << bits) - 1)
+    return (weight / scale).round_().add_(zero).clamp_(0, (1 << bits) - 1)
 
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int | None) -> Tensor:
     """Nearest codes `(..., out, in)` uint8 of weights on the grids `(..., out, groups)`."""
-    scale, zero = (spread_groups(values, group_size, weight.shape[-1]) for values in (scale, zero))
-    return nearest_code(weight, scale, zero, bits).to(torch.uint8)
+    codes = nearest_code(split_groups(weight, group_size), scale[..., None], zero[..., None], bits)
+    return join_groups(codes.to(torch.uint8), weight.shape[-1])
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int | None) -> Tensor:
     """Weights `(..., out, in)` float32 that codes stand for: `(code - zero) · scale`."""
-    scale, zero = (spread_groups(values, group_size, codes.shape[-1]) for values in (scale, zero))
-    return (codes - zero) * scale
+    groups = (split_groups(codes, group_size) - zero[..., None]).mul_(scale[..., None])
+    return join_groups(groups, codes.shape[-1])
+
+
+def round_trip(weight: Tensor, bits: int, group_size: int | None) -> Tensor:
+    """Weights `(..., out, in)` rounded to the nearest point of their groups' grids: `fit_grid`, `encode`, `decode`."""
+    scale, zero = (values[..., None] for values in fit_grid(weight, bits, group_size))
+    codes = nearest_code(split_groups(weight, group_size), scale, zero, bits)
+    return join_groups(codes.sub_(zero).mul_(scale), weight.shape[-1])
 
 
 @register_format

@@ -6,6 +6,7 @@ since jobs with a model run one after the other on one GPU.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,14 +14,16 @@ from typing import Any
 
 from mobie.config import SPEC_MARK
 from mobie.jobs import quantize_cost
-from mobie.jobs.cost import Need, expect
+from mobie.jobs.cost import PROCESS_MB, Need, expect
 from mobie.jobs.keys import Keys
 from mobie.jobs.size import size_of
+from mobie.lock import download_bytes
+from mobie.paths import Layout, embedded_model
 from mobie.plan.graph import Job
 from mobie.sources import Source
 
 HOUR = 3600.0
-FETCH_MODEL = "fetch_model"
+FETCH_MODEL, TRAINING = "fetch_model", "train_nano"
 
 
 @dataclass
@@ -60,15 +63,17 @@ class Sum:
 
 @dataclass(frozen=True)
 class Download:
-    """A download that is not here yet; `bytes` is None where its size is not known before it is fetched."""
+    """A download that is not here yet.
+
+    bytes:  from the lock or the configuration; None where the size is not known before it is fetched.
+    pinned: a second download must give the same bytes.
+    """
 
     name: str
     bytes: int | None
+    pinned: bool
     model: str | None = None
     gated: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "bytes": self.bytes, "model": self.model, "gated": self.gated}
 
 
 @dataclass
@@ -120,6 +125,10 @@ class Budget:
     def unknown_sizes(self) -> list[str]:
         return [download.name for download in self.downloads if download.bytes is None]
 
+    @property
+    def unpinned(self) -> list[str]:
+        return [download.name for download in self.downloads if not download.pinned]
+
 
 def describe(job: Job) -> str:
     """`quantize olmoe-1b-7b mobie`."""
@@ -128,11 +137,14 @@ def describe(job: Job) -> str:
 
 
 def need_of(job: Job) -> Need | None:
-    """What a job takes; None for one of seconds without a model."""
+    """What a job takes; None for one of seconds without a model. Training takes as long as it took."""
+    if job.rule.name == TRAINING:
+        record = json.loads((embedded_model("nano-olmoe") / "training.json").read_text(encoding="utf-8"))
+        return Need(record["seconds"], False, 0.0, PROCESS_MB)
     return None if job.rule.kind is None or job.keys is None else expect(job.rule.kind, job.keys)
 
 
-def budget(jobs: Iterable[Job], shown_methods: Sequence[str] = ()) -> Budget:
+def budget(jobs: Iterable[Job], layout: Layout, shown_methods: Sequence[str] = ()) -> Budget:
     """Add up the jobs of a plan; hours on a core are given for the methods `shown_methods` alone."""
     found = Budget()
     gradients: set[tuple[object, ...]] = set()
@@ -144,7 +156,7 @@ def budget(jobs: Iterable[Job], shown_methods: Sequence[str] = ()) -> Budget:
             found.models[job.keys.model].add(job, need)
         if job.done:
             continue
-        _add_download(found, job)
+        _add_download(found, job, layout)
         if need is not None and job.keys is not None:
             disk = found.disk[job.keys.model]
             disk.checkpoints += need.kept_mb
@@ -158,13 +170,17 @@ def budget(jobs: Iterable[Job], shown_methods: Sequence[str] = ()) -> Budget:
     return found
 
 
-def _add_download(found: Budget, job: Job) -> None:
+def _add_download(found: Budget, job: Job, layout: Layout) -> None:
     source: Source | None = job.source
     if source is not None:
-        found.downloads.append(Download(source.name, source.bytes))
+        locked = download_bytes(source.name, layout)
+        pinned = locked is not None or source.sha256 is not None
+        found.downloads.append(Download(source.name, source.bytes if locked is None else locked, pinned))
     elif job.rule.name == FETCH_MODEL and job.keys is not None:
-        model = job.keys.model_config
-        found.downloads.append(Download(job.keys.model, model.bytes, job.keys.model, model.gated))
+        name, model = job.keys.model, job.keys.model_config
+        locked = download_bytes(name, layout)
+        size = model.bytes if locked is None else locked
+        found.downloads.append(Download(name, size, locked is not None, name, model.gated))
 
 
 def _gradients_mb(keys: Keys, seen: set[tuple[object, ...]]) -> float:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import asdict
 
 import click
 
 from mobie.options import verb
 
-SUITE, MODELS = "suite", "models"
-OTHERS = ("mirror", "unsandboxed")  # keys of the workflow that change nothing here
+SUITE, MODELS, MIRROR = "suite", "models", "mirror"
+OTHERS = ("unsandboxed",)  # keys of the workflow that change nothing here
+KEYS = (SUITE, MODELS, MIRROR, *OTHERS)
 CANNOT = 3  # exit status: the machine cannot run it
 
 
 @verb(name="plan")
 @click.argument("targets", nargs=-1, metavar="[TARGET]...")
-@click.option("--config", multiple=True, metavar="KEY=VALUE", help="As for Snakemake: suite=NAME, models=A,B.")
+@click.option(
+    "--config", multiple=True, metavar="KEY=VALUE", help="As for Snakemake: suite=NAME, models=A,B, mirror=DIR."
+)
 @click.option("--machine", metavar="TEXT", help="Plan for another machine, e.g. gpu=1x24GB,ram=64GB,disk=500GB.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def plan_command(targets: tuple[str, ...], config: tuple[str, ...], machine: str | None, as_json: bool) -> None:
@@ -33,11 +38,12 @@ def plan_command(targets: tuple[str, ...], config: tuple[str, ...], machine: str
     python -m mobie plan --config suite=paper --config models=olmoe-1b-7b --machine gpu=1x24GB,ram=64GB,disk=500GB
     """
     from mobie.config import default_layout, load_suite
+    from mobie.fetching.mirror import mirror_folder
     from mobie.jobs.needs import chosen_models
     from mobie.plan.budget import budget
     from mobie.plan.graph import Graph
     from mobie.plan.machine import parse_machine, this_machine
-    from mobie.plan.nearest import layout_targets, nearest, problems
+    from mobie.plan.nearest import layout_targets, mirror_problems, nearest, problems
     from mobie.plan.show import refusal, shown
 
     layout, values = default_layout(), _values(config)
@@ -45,9 +51,11 @@ def plan_command(targets: tuple[str, ...], config: tuple[str, ...], machine: str
     wanted = layout_targets(targets or ("all",), layout)
     here = parse_machine(machine) if machine else this_machine(layout.root)
     graph = Graph(layout, suite, chosen_models(values.get(MODELS), layout))
-    found = budget(graph.jobs(wanted), load_suite(suite, layout).methods)
-    reasons = problems(found, here)
-    offers = nearest(graph, wanted, found, here) if reasons else []
+    found = budget(graph.jobs(wanted), layout, load_suite(suite, layout).methods)
+    lacks = problems(found, here)
+    offers = nearest(graph, wanted, found, here) if lacks else []
+    mirror = mirror_folder(values.get(MIRROR) or os.environ.get("MOBIE_MIRROR"))
+    reasons = lacks + mirror_problems(found, mirror, layout)
     if as_json:
         value = {
             "suite": suite,
@@ -59,7 +67,7 @@ def plan_command(targets: tuple[str, ...], config: tuple[str, ...], machine: str
                 for name, total in found.models.items()
             },
             "disk": found.all_disk.as_dict(),
-            "downloads": [download.as_dict() for download in found.downloads],
+            "downloads": [asdict(download) for download in found.downloads],
             "gated": found.gated,
             "machine": {"gpus_mb": [g.mem_mb for g in here.gpus], "ram_mb": here.ram_mb, "disk_mb": here.disk_mb},
             "measured": {"cpu": True, "gpu": False},
@@ -85,7 +93,7 @@ def _values(config: tuple[str, ...]) -> dict[str, str]:
         key, equals, value = part.partition("=")
         if not equals:
             raise ConfigError(f"--config {part}: expected KEY=VALUE, e.g. suite=paper")
-        if key not in (SUITE, MODELS, *OTHERS):
-            raise ConfigError(f"--config: {unknown_name('key', key, (SUITE, MODELS, *OTHERS))}")
+        if key not in KEYS:
+            raise ConfigError(f"--config: {unknown_name('key', key, KEYS)}")
         values[key] = value
     return values

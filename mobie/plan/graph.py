@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from mobie.config import load_suite
 from mobie.errors import ConfigError, unknown_name
 from mobie.figures import FIGURES
 from mobie.jobs import needs
+from mobie.jobs.gate import KIND as GATE
 from mobie.jobs.keys import Keys
+from mobie.jobs.score import REFERENCE
 from mobie.jobs.speed import speed_inputs
 from mobie.jobs.stale import SCORERS
 from mobie.paths import Layout
@@ -216,12 +218,15 @@ class Graph:
 
             return Rule(name, (self.layout.record("{suite}", "{model}", "{method}", "{seed}", kind),), read, kind)
 
+        gate = self.layout.record("{suite}", "{model}", REFERENCE, "{seed}", GATE)
+
         def scorer(kind: str) -> Rule:
             return rule(f"score_{kind}", kind, lambda keys: needs.score_inputs(keys, kind))
 
         return (
             rule("quantize", "quantize", needs.quantize_inputs),
             *(scorer(kind) for kind in SCORERS),
+            replace(rule(GATE, GATE, needs.gate_inputs), outputs=(gate,)),
             rule("generate_code", "code_samples", lambda keys: [keys.record("quantize"), *needs.problem_files(keys)]),
             rule("score_code", "code", lambda keys: [keys.record("code_samples"), *needs.problem_files(keys)]),
             rule("speed", "speed", speed_inputs),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from mobie.errors import ConfigError
+from mobie.jobs.fetch import missing_in_mirror
 from mobie.paths import Layout
 from mobie.plan.budget import Budget, Sum, budget
 from mobie.plan.graph import Graph
@@ -33,6 +35,14 @@ def problems(found: Budget, machine: Machine) -> list[str]:
             f"{_gib(machine.disk_mb)} free"
         )
     return reasons
+
+
+def mirror_problems(found: Budget, mirror: Path | None, layout: Layout) -> list[str]:
+    """Downloads that a local mirror lacks, in one sentence; by existence alone."""
+    if mirror is None:
+        return []
+    lacking = [download.name for download in found.downloads if missing_in_mirror([download.name], mirror, layout)]
+    return [f"mirror: it lacks files of {', '.join(lacking)}"] if lacking else []
 
 
 def _memory_problems(total: Sum, machine: Machine) -> list[str]:
@@ -75,7 +85,7 @@ def _budget_of(graph: Graph, targets: list[str]) -> Budget | None:
     if suites - {graph.suite}:
         return None
     try:
-        return budget(graph.jobs(targets))
+        return budget(graph.jobs(targets), graph.layout)
     except ConfigError:
         return None
 

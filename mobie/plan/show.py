@@ -87,6 +87,8 @@ def _downloads(found: Budget) -> str:
     lines = [f"Downloads: {', '.join(named)}."]
     if found.unknown_sizes:
         lines.append(f"Sizes not known before they are fetched: {len(found.unknown_sizes)}.")
+    if found.unpinned:
+        lines.append(f"Not pinned: {len(found.unpinned)} of {len(found.downloads)}; `python -m mobie lock` pins them.")
     if found.gated:
         lines.append(
             f"Gated on the hub: {', '.join(found.gated)}: accept the terms there and log in with `hf auth login`."

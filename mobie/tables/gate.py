@@ -18,6 +18,8 @@ COLUMNS = (
     Column("reproduces", "Reproduces", flag=True),
     Column("own", "Used in the tables", flag=True),
 )
+SHOWN = (VALUE, "reproduces", "own")  # columns that every row has, be it a hole
+NOT_PRINTED = Cell(None, status="absent", reason="the paper prints no such entry of this model")
 SECTIONS = {True: "Perplexity", False: "Accuracy in per cent"}
 HOLES = "Not measured"
 #: column → what it is called in the record
@@ -55,7 +57,7 @@ def _rows(results: Results, model: Model) -> list[Row]:
     record = results.record(model, REFERENCE, KIND)
     if record is None or not record.ok:
         hole = results.cell(model, REFERENCE, KIND, "")
-        return [Row(model.label, "no protocol", {VALUE: hole}, config=REFERENCE)]
+        return [Row(model.label, "no protocol", dict.fromkeys(SHOWN, hole), config=REFERENCE)]
     beside: dict[str, list[Mapping[str, Any]]] = {}
     for comparison in record.details["comparisons"]:
         beside.setdefault(comparison["name"], []).append(comparison)
@@ -66,7 +68,10 @@ def _rows(results: Results, model: Model) -> list[Row]:
             for protocol in record.details["protocols"]
             for comparison in beside.get(protocol["name"], [{}])
         ),
-        *(Row(model.label, name, {VALUE: hole}, config=REFERENCE, section=HOLES) for name, hole in holes.items()),
+        *(
+            Row(model.label, name, dict.fromkeys(SHOWN, hole), config=REFERENCE, section=HOLES)
+            for name, hole in holes.items()
+        ),
     ]
 
 
@@ -80,5 +85,7 @@ def _row(
         cells |= {key: Cell(comparison[name], record=cell.record) for key, name in COMPARED.items()}
         texts["reproduces"] = str(comparison["reproduces"]).lower()
         paper[VALUE] = float(comparison["printed"])
+    else:
+        cells["reproduces"] = NOT_PRINTED
     label = f"{protocol['label']} ({comparison['tables']})" if several else protocol["label"]
     return Row(model.label, label, cells, texts, paper, REFERENCE, section=SECTIONS[is_perplexity])
