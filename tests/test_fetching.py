@@ -138,6 +138,14 @@ def test_lock_then_fetch_then_nothing(layout: Layout, hub: Hub, model_files: Pat
     hub.requests.clear()
     done("fetch", "--model", MODEL)
     assert hub.requests == []
+    for name in ("config.json", "model.safetensors"):
+        file = layout.hub_model(MODEL) / name
+        file.write_bytes(file.read_bytes()[::-1])
+    done("fetch", "--model", MODEL)  # what was damaged here comes anew
+    assert model_folder(keys(layout), weights=True)
+    assert sorted(r for r in hub.requests if r.startswith("GET") and "/resolve/" in r) == [
+        f"GET {REPO}/resolve/{'c' * 40}/{name}" for name in ("config.json", "model.safetensors")
+    ]
     done("fetch", SET)
     assert sorted(load_lock(layout).data[SET].files) == ["README.md", "wikitext-2-raw-v1/test-00000.parquet"]
     assert source_version(find_source(SET, layout), layout).startswith("c" * 40)

@@ -78,6 +78,8 @@ def download(repository: Repository, listing: Listing, names: Collection[str], f
 
     sizes = {name: listing.files[name].bytes for name in names}
     check_space(folder, sum(sizes.values()), repository)
+    for name in names:  # the client keeps a wrong file that it once noted as finished, or where the hub does not answer
+        (folder / name).unlink(missing_ok=True)
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi()
