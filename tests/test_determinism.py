@@ -113,7 +113,10 @@ def test_a_change_of_the_settings_makes_results_stale() -> None:
         stale.speed_code(),
     ):
         assert hashed  # each can be computed
-    for function in (stale.quantize_code, stale.score_code, stale.speed_code, stale.calibrate_code, stale.windows_code):
+    for function in (
+        *(stale.quantize_code, stale.score_code, stale.gate_code, stale.speed_code, stale.calibrate_code),
+        stale.windows_code,
+    ):
         assert "SETTINGS" in inspect.getsource(function), function.__name__
 
 
