@@ -14,6 +14,8 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from mobie.redaction import drop_secrets
@@ -69,6 +71,21 @@ def make_deterministic(threads: int = 1, *, algorithms: bool = True) -> None:
     torch.backends.cudnn.deterministic = algorithms
     torch.use_deterministic_algorithms(algorithms, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing reads such memory
+
+
+def inherited() -> Callable[[], AbstractContextManager[None]]:
+    """What torch keeps for each thread by itself, taken from this one: `with here():` sets it in another thread."""
+    import torch
+
+    threads, inference, gradients = torch.get_num_threads(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    @contextmanager
+    def here() -> Iterator[None]:
+        torch.set_num_threads(threads)
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            yield
+
+    return here
 
 
 def settings() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from mobie.determinism import inherited
 from mobie.packing.bank import PackedBank
 from mobie.packing.base import Packed
 
@@ -168,11 +169,10 @@ def map_experts(bank: ExpertBank, expert_bytes: int, function: Callable[[range, 
     count, devices = len(next(iter(bank.projections.values()))), bank.working_devices
     size = max(1, (bank.chunk_bytes or CHUNK_BYTES[devices[0].type]) // max(1, expert_bytes))
     chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    threads, inference, gradients = torch.get_num_threads(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    settings = inherited()
 
-    def work(device: int) -> list[Sequence[T]]:  # settings of the caller's thread that a new thread lacks come first
-        torch.set_num_threads(threads)
-        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+    def work(device: int) -> list[Sequence[T]]:
+        with settings():
             return [function(chunk, devices[device]) for chunk in chunks[device :: len(devices)]]
 
     if len(devices) == 1:
