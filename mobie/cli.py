@@ -7,6 +7,7 @@ a defect of the program and shows its traceback.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -29,7 +30,7 @@ from mobie.kernels.command import kernels_command, tune_command
 from mobie.paper.audit.command import audit_command
 from mobie.plan.command import plan_command
 from mobie.publish.command import publish_command, rebuild_command
-from mobie.redaction import redact
+from mobie.redaction import has_login, redact
 from mobie.reliability import reliability_command
 from mobie.report.command import (
     claims_command,
@@ -48,7 +49,6 @@ NO_MEMORY = (
     "the same command again"
 )
 ONLINE = {"fetch", "lock"}  # every other verb reads local files only
-LOOKS_FIRST = {"doctor"}  # at the environment as it is, then drops its secrets by itself
 
 
 class ErrorsWithoutTraceback(click.Group):
@@ -78,7 +78,8 @@ def main(context: click.Context) -> None:
     METHOD is a file in workflow/config/methods, or one with changes: `mobie+regularization=0.3` or
     `billm+calibration.text=web-calibration`. To look at one method in two seconds, use `try`.
     """
-    if context.invoked_subcommand not in ONLINE | LOOKS_FIRST:
+    context.obj = has_login(os.environ)  # `doctor` tells; afterwards there are no secrets to look at
+    if context.invoked_subcommand not in ONLINE:
         read_locally()
 
 

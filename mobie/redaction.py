@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 #: names of environment variables that hold a secret: HF_TOKEN, HUGGING_FACE_HUB_TOKEN, AWS_SECRET_ACCESS_KEY, …
 SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)($|_(?!PATH$|FILE$))")
@@ -27,6 +28,16 @@ SECRET_OPTION = re.compile(r"(?i)--?[\w-]*(token|password|secret|api-?key)")
 def secrets(environment: Mapping[str, str]) -> list[str]:
     """Names of the variables that hold a secret."""
     return sorted(name for name in environment if SECRET_NAME.search(name.upper()))
+
+
+def has_login(environment: Mapping[str, str]) -> bool:
+    """Whether there is a token for the hub, in the environment or stored by its client; what it is stays unread."""
+    if any(environment.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")):
+        return True
+    home = (
+        environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    )
+    return Path(environment.get("HF_TOKEN_PATH") or Path(home) / "token").is_file()
 
 
 def drop_secrets() -> None:

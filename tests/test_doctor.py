@@ -17,6 +17,7 @@ from mobie.doctor import checks
 from mobie.doctor.checks import Line
 from mobie.paths import PACKAGE, Layout
 from mobie.plan.machine import Gpu
+from mobie.redaction import has_login
 
 TOKEN = "hf_" + "a1b2c3d4" * 4
 
@@ -142,10 +143,10 @@ def test_a_login_is_seen_and_never_shown(repository: Layout, tmp_path: Path, mon
     monkeypatch.setenv("HOME", str(home))
     for name in ("HF_HOME", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert not checks.has_login(os.environ)
+    assert not has_login(os.environ)
     stored = home / ".cache" / "huggingface" / "token"
     stored.write_text(TOKEN)
-    assert checks.has_login(os.environ)
+    assert has_login(os.environ)
     stored.unlink()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_HOME", str(home / f"cache-{TOKEN}"))

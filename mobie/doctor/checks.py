@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -282,16 +282,6 @@ def _version(program: str) -> str | None:
 # --- downloads --------------------------------------------------------------------------------------------------------
 
 
-def has_login(environment: Mapping[str, str]) -> bool:
-    """Whether there is a token for the hub, in the environment or stored by its client; what it is stays unread."""
-    if any(environment.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")):
-        return True
-    home = (
-        environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    )
-    return Path(environment.get("HF_TOKEN_PATH") or Path(home) / "token").is_file()
-
-
 def login_line(login: bool) -> Line:
     """Whether there is a login for the hub."""
     if login:
@@ -326,6 +316,6 @@ CHECKS: tuple[Callable[[Layout], Iterable[Line]], ...] = (
 
 
 def examine(layout: Layout, login: bool) -> list[Line]:
-    """All findings, in order; `login`: `has_login` of the environment as it was before its secrets were dropped."""
+    """All findings, in order; `login`: `has_login` of the environment before its secrets were dropped."""
     lines = [line for check in CHECKS for line in check(layout)] + [login_line(login)]
     return [replace(line, text=redact(line.text)) for line in lines]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 
 import click
 
-from mobie.determinism import read_locally
 from mobie.options import verb
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -15,7 +13,8 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 @verb(name="doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def doctor_command(as_json: bool) -> None:
+@click.pass_obj
+def doctor_command(login: bool, as_json: bool) -> None:
     """Examine this machine and environment: versions, devices, memory, disk, caches, containers, login, mirror.
 
     One line per finding: `ok`, `warn` (something the suite can do without, or that slows it down) or `fail`, with the
@@ -29,10 +28,8 @@ def doctor_command(as_json: bool) -> None:
     python -m mobie doctor --json
     """
     from mobie.config import default_layout
-    from mobie.doctor.checks import examine, has_login
+    from mobie.doctor.checks import examine
 
-    login = has_login(os.environ)
-    read_locally()
     lines = examine(default_layout(), login)
     counts = {state: sum(line.state == state for line in lines) for state in COLOURS}
     if as_json:
