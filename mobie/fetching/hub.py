@@ -78,6 +78,8 @@ def download(repository: Repository, listing: Listing, names: Collection[str], f
 
     sizes = {name: listing.files[name].bytes for name in names}
     check_space(folder, sum(sizes.values()), repository)
+    for name in names:  # the client keeps a wrong file that it once noted as finished, or where the hub does not answer
+        (folder / name).unlink(missing_ok=True)
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi()
@@ -120,6 +122,8 @@ def hub_errors(repository: Repository, folder: Path | None = None) -> Iterator[N
     Raises:
         DataError, StorageError: instead of the client's errors.
     """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
         yield
     except MobieError:
@@ -127,6 +131,8 @@ def hub_errors(repository: Repository, folder: Path | None = None) -> Iterator[N
     except Exception as error:  # the client raises errors of several libraries, and TypeError for a wrong answer
         if folder is not None and error_number(error) in REMEDIES:
             raise storage_error(folder, error) from error
+        if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # the client looked for a copy of its own after what really went wrong
         raise DataError(
             f"{repository.label}: the hub could not be read ({first_line(error)}); {_remedy(repository, error)}"
         ) from error
@@ -148,7 +154,7 @@ def _remedy(repository: Repository, error: Exception) -> str:
     lock = f"look at {page}, correct {configured}, or run `python -m mobie lock {repository.name}`"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository has no such revision: {lock}"
-    if isinstance(error, errors.EntryNotFoundError):
+    if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"the repository has no such file: {lock}"
     if isinstance(error, errors.RepositoryNotFoundError):
         login = "its token may not see it" if get_token() else "log in with `hf auth login` if it is private"

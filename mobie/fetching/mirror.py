@@ -129,8 +129,10 @@ def check_repository(repository: Repository, mirror: Path, locked: LockedReposit
     folder = find_repository(repository, mirror, locked)
     if missing or folder is None:
         plain, cache = _places(repository, mirror)
-        kind = " --repo-type dataset" if repository.kind == "dataset" else ""
-        only = "".join(f" --include '{pattern}'" for pattern in repository.patterns)  # C4 whole is hundreds of GB
+        kind, patterns = " --repo-type dataset", repository.patterns  # C4 whole is hundreds of GB
+        if repository.kind == "model":
+            kind, patterns = " --exclude '*/*'", tuple(f"*{suffix}" for suffix in sorted(repository.suffixes))
+        only = "".join(f" --include '{pattern}'" for pattern in patterns)
         revision = (locked.revision if locked is not None else None) or repository.revision
         at = f" --revision {revision}" if revision else ""
         raise lacks(

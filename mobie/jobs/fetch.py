@@ -10,7 +10,7 @@ from mobie.config import config_names, load_method, load_model_config, load_suit
 from mobie.data.texts import TEXTS
 from mobie.errors import ConfigError, DataError, MobieError, unknown_name
 from mobie.fetching.bring import Origin, bring, resolve, warn_unpinned
-from mobie.fetching.mirror import download_path, missing_files
+from mobie.fetching.mirror import check_repository, download_path, mirrored_download, missing_files
 from mobie.fetching.repository import Repository, data_repository, model_repository
 from mobie.jobs.keys import Keys, find_source, model_lock, source_lock
 from mobie.jobs.score import benchmark_sources, hard_sources
@@ -133,3 +133,22 @@ def missing_in_mirror(names: Collection[str], mirror: Path, layout: Layout) -> l
             path = download_path(sources[name], mirror)
             found += [] if path.is_file() else [path]
     return found
+
+
+def check_in_mirror(name: str, suite: str, mirror: Path, layout: Layout) -> None:
+    """Refuse a download that a mirror has not all files of; the message also lists what else of the suite it lacks.
+
+    Raises:
+        DataError: it lacks some, by their existence.
+    """
+    repository = repository_of(name, layout)
+    try:
+        if repository is not None:
+            check_repository(repository, mirror, locked_entry(repository, layout))
+        elif (source := find_source(name, layout)).kind in MIRRORED:
+            mirrored_download(source, mirror)
+    except DataError as error:
+        names = [other.name for other in suite_repositories(suite, layout)]
+        lacking = [other for other in names if missing_in_mirror([other], mirror, layout)]
+        more = f"; of the suite {suite} it lacks files of {', '.join(lacking)}" if lacking else ""
+        raise DataError(f"{error}{more}") from error

@@ -13,10 +13,10 @@ from snakemake_interface_executor_plugins.settings import DeploymentMethod
 from mobie.config import load_suite
 from mobie.containers.apptainer import apptainer_environment, bound
 from mobie.errors import MobieError
-from mobie.fetching.mirror import lacks, mirror_folder
+from mobie.fetching.mirror import mirror_folder
 from mobie.jobs import needs, stale
 from mobie.jobs.cost import estimate
-from mobie.jobs.fetch import missing_in_mirror, repository_of
+from mobie.jobs.fetch import check_in_mirror, repository_of
 from mobie.jobs.keys import Keys
 from mobie.jobs.score import REFERENCE
 from mobie.lock import locked_entry

@@ -23,8 +23,8 @@ if MIRROR is not None:
 @user_error
 def unless_missing(name, output):
     """No inputs; an error before any job starts where a download is to come from a mirror that lacks it."""
-    if MIRROR is not None and not output.exists() and (missing := missing_in_mirror([name], MIRROR, PATHS)):
-        raise lacks(name, missing, MIRROR, "put them there (`python -m mobie fetch --help`)")
+    if MIRROR is not None and not output.exists():
+        check_in_mirror(name, SUITE, MIRROR, PATHS)
     return []
 
 
@@ -33,7 +33,9 @@ def locked(name):
     """What the lock says of a repository: a change makes the download, and all that is made from it, stale."""
     repository = repository_of(name, PATHS)
     entry = locked_entry(repository, PATHS)
-    return "not pinned" if entry is None else digest(entry.model_dump(mode="json"))
+    if entry is None:
+        return f"not pinned: {repository.repo} {repository.revision} {' '.join(repository.patterns)}"
+    return digest(entry.model_dump(mode="json"))
 
 
 rule fetch_wheel:
