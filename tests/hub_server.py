@@ -40,6 +40,7 @@ class Hub:
     repositories: dict[str, HubRepository] = field(default_factory=dict)
     token: str | None = None  # the only one that is right
     cut: dict[str, list[int]] = field(default_factory=dict)  # file → bytes after which the next answers break off
+    down: bool = False  # it lists, and fails when a file is asked for
     flipped: set[str] = field(default_factory=set)  # files that arrive with another byte than is listed
     sent: dict[str, int] = field(default_factory=dict)  # file → bytes sent in all
     requests: list[str] = field(default_factory=list)
@@ -108,6 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {found[2]}")
             if found[1] == "tree":
                 return self._send_json(self._tree(repository, found[3]))
+            if found[1] == "resolve" and self.hub.down:
+                return self._refuse(503, "")
             if found[1] == "resolve":
                 return self._send_file(repository, found[3])
         return self._send_json({"id": name, "sha": repository.commit, "siblings": [], "tags": [], "private": False})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mobie.config import load_method
-from mobie.jobs.cost import GRAM_FLOPS, PROCESS_MB
+from mobie.jobs.cost import GRAM_FLOPS
 from mobie.jobs.quantize_cost import BLOCK_COPIES, CHUNK_MB, METHODS, hessian_flops, method_cost, method_seconds
 from mobie.jobs.size import ATTENTION_LINEARS, PROJECTIONS, Size, size_of
 from mobie.paths import PACKAGE, Layout
@@ -18,7 +18,8 @@ HERE = Layout(PACKAGE.parent)
 RECORD = PACKAGE.parent / "benchmarks" / "records" / "true_size.json"
 #: an estimate may be so many times a measured value, or that part of it
 FACTORS = {"cpu_seconds": 2.0, "statistics_seconds": 2.5, "peak_mb": 2.5}
-OUR_MACHINE_SECONDS = 1.0  # below, a process's noise is larger than what is estimated
+INTERPRETER_MB = 500  # Python with torch; PROCESS_MB has more, and Snakemake's processes
+SHORTEST_SECONDS = 1.0  # below, what a process does besides is larger than what is estimated
 
 
 def block_of(shape: Mapping[str, int]) -> Size:
@@ -35,7 +36,7 @@ def estimates(method: str, shape: Mapping[str, int]) -> dict[str, float]:
     return {
         "cpu_seconds": method_seconds(config, size, size.parameters),
         "statistics_seconds": grams if method_cost(config).statistics else 0.0,
-        "peak_mb": PROCESS_MB + BLOCK_COPIES * 4 * size.block / 2**20 + CHUNK_MB,
+        "peak_mb": INTERPRETER_MB + BLOCK_COPIES * 4 * size.block / 2**20 + CHUNK_MB,
     }
 
 
@@ -45,7 +46,7 @@ def departures(record: Mapping[str, Any]) -> list[str]:
     for method, measured in record["methods"].items():
         for name, estimate in estimates(method, record["shape"]).items():
             value = measured.get(name)
-            if value is None or max(value, estimate) < OUR_MACHINE_SECONDS or (name[0] == "s" and value == 0):
+            if value is None or max(value, estimate) < SHORTEST_SECONDS or (name[0] == "s" and value == 0):
                 continue
             ratio = estimate / value
             if not 1 / FACTORS[name] <= ratio <= FACTORS[name]:
@@ -57,7 +58,8 @@ def test_the_estimates_are_near_what_was_measured() -> None:
     if not RECORD.exists():
         pytest.skip(f"{RECORD.name} is not there; `python benchmarks/true_size.py` makes it")
     record = json.loads(RECORD.read_text())
-    assert {load_method(name, HERE).method for name in record["methods"]} >= set(METHODS) - {"fp16"}
+    assert "mobie" in record["methods"]
+    assert {load_method(name, HERE).method for name in record["methods"]} <= set(METHODS)
     assert departures(record) == []
 
 

@@ -19,7 +19,7 @@ import mobie
 from mobie.config import load_method
 from mobie.errors import UnsupportedError
 from mobie.hf.deepseek_config import DeepseekMoeConfig
-from mobie.models.weights import StreamedModel
+from mobie.models import OWN_FILES
 from mobie.packing.checkpoint import load_model
 from mobie.pipeline import quantize
 
@@ -84,6 +84,16 @@ def hub_folder(folder: Path) -> Path:
     return folder
 
 
+def load_whole(folder: Path) -> nn.Module:
+    """The library's model in float32; every parameter comes from the files."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, **options, **OWN_FILES)
+    assert not any(info.values())
+    return model
+
+
 def hub_names() -> set[str]:
     """Names of the tensors in the published files, for two blocks."""
     names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
@@ -102,11 +112,10 @@ def test_hubs_files_are_read_by_their_own_names_and_no_code_beside_them_runs(tmp
     folder = hub_folder(tmp_path)
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert set(file.keys()) == hub_names()
-    streamed, original = StreamedModel(folder), make_model("deepseek")
-    assert type(streamed.model).__name__ == "DeepseekMoeForCausalLM"
-    with streamed.outside(), streamed.block(0), streamed.block(1):
-        found = dict(streamed.model.named_parameters())
-        assert all(torch.equal(p, found[name]) for name, p in original.named_parameters())
+    model = load_whole(folder)
+    assert type(model).__name__ == "DeepseekMoeForCausalLM"
+    original = make_model("deepseek")
+    assert all(torch.equal(p, original.get_parameter(name)) for name, p in model.named_parameters())
 
 
 def test_expert_of_a_file_is_that_expert_of_the_model(tmp_path: Path) -> None:
@@ -114,9 +123,8 @@ def test_expert_of_a_file_is_that_expert_of_the_model(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.experts.4.up_proj.weight"][:] = 7
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with StreamedModel(folder).block(1) as block:
-        fused = block.mlp.experts.gate_up_proj
-        assert bool((fused[4, 20:] == 7).all()) and int((fused == 7).sum()) == 20 * 32
+    fused = load_whole(folder).model.layers[1].mlp.experts.gate_up_proj
+    assert bool((fused[4, 20:] == 7).all()) and int((fused == 7).sum()) == 20 * 32
 
 
 def test_import_of_mobie_is_enough_and_brings_no_torch(tmp_path: Path) -> None:

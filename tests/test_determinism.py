@@ -106,9 +106,17 @@ def test_no_verb_but_fetch_and_lock_may_ask_the_network(repository: Layout, monk
 
 
 def test_a_change_of_the_settings_makes_results_stale() -> None:
-    for hashed in (stale.quantize_code("rtn"), *map(stale.score_code, stale.SCORERS), stale.speed_code()):
+    for hashed in (
+        stale.quantize_code("rtn"),
+        *map(stale.score_code, stale.SCORERS),
+        stale.gate_code(),
+        stale.speed_code(),
+    ):
         assert hashed  # each can be computed
-    for function in (stale.quantize_code, stale.score_code, stale.speed_code, stale.calibrate_code, stale.windows_code):
+    for function in (
+        *(stale.quantize_code, stale.score_code, stale.gate_code, stale.speed_code, stale.calibrate_code),
+        stale.windows_code,
+    ):
         assert "SETTINGS" in inspect.getsource(function), function.__name__
 
 

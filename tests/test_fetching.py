@@ -18,6 +18,8 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from hub_server import Hub, HubRepository, connect
+from hypothesis import given
+from hypothesis import strategies as st
 from reliability.fault.network import git_blob
 from tiny import make_model, save_model
 from working_copy import copy_environment
@@ -288,6 +290,13 @@ def test_no_network(layout: Layout, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert "check the network" in told and "mirror" in told
 
 
+def test_a_hub_that_fails(layout: Layout, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    hub.down = True
+    told = refused("fetch", "--model", MODEL)
+    assert "503" in told and "check the network" in told and "no such" not in told
+
+
 def test_a_disk_that_is_too_small_is_told_before_the_download(
     layout: Layout, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +363,13 @@ def test_a_mirror_on_another_disk_is_linked_to(layout: Layout, mirror: Path, mon
     with pytest.raises(DataError, match="model.safetensors: no such file"):
         model_folder(keys(layout), weights=True)
     (mirror / REPO / "model.safetensors").write_bytes(refused_before)
+
+
+def test_a_folder_of_the_users_own_is_not_tidied(layout: Layout, mirror: Path) -> None:
+    layout.hub_model(MODEL).parent.mkdir(parents=True)
+    layout.hub_model(MODEL).symlink_to(mirror / REPO)
+    assert "name the folder that it leads to as a mirror" in refused("fetch", "--model", MODEL, "--mirror", mirror)
+    assert (mirror / REPO / "modeling.py").is_file()
 
 
 def test_a_flipped_byte_in_the_mirror_is_refused(layout: Layout, mirror: Path) -> None:
@@ -482,6 +498,27 @@ def test_what_the_paper_suite_takes_from_the_hub(layout: Layout) -> None:
     assert found["ptb"].revision == "refs/convert/parquet" and found["ptb"].commit is None
     with pytest.raises(ConfigError):
         suite_repositories("papre", layout)
+
+
+PART = st.sampled_from(["a", "b", "data", "dev-0"])
+FILES = st.lists(st.lists(PART, max_size=3).map(lambda parts: "/".join([*parts, "x.parquet"])), min_size=1, unique=True)
+PATTERNS = st.lists(st.lists(st.sampled_from(["a", "data", "*", "d*", "de?-0"]), max_size=3), max_size=3).map(
+    lambda patterns: tuple("/".join([*parts, "x.parquet" if n % 2 else "*"]) for n, parts in enumerate(patterns))
+)
+
+
+@given(names=FILES, patterns=PATTERNS)
+def test_no_wanted_file_is_outside_the_folders_that_are_listed(names: list[str], patterns: tuple[str, ...]) -> None:
+    repository = Repository("set", "dataset", "owner/set", None, patterns)
+    listed = set()
+    for folder, recursive in repository.listings():
+        below = [name for name in names if name.startswith(f"{folder}/" if folder else "")]
+        listed |= {name for name in below if recursive or "/" not in name.removeprefix(f"{folder}/")}
+    try:
+        expected = repository.wanted(names)
+    except DataError:
+        return
+    assert repository.wanted(sorted(listed)) == expected
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------

@@ -313,6 +313,20 @@ def test_a_printed_row_that_the_suite_reproduces_makes_its_results_comparable(
     put_tasks(replace(keys, method="fp16"))
 
 
+@pytest.mark.parametrize(
+    ("suite", "model", "count"),
+    [
+        ("paper", "olmoe-1b-7b", 12),
+        ("paper", "mixtral-8x7b", 1),
+        ("tiny", "nano-olmoe", 4),
+    ],
+)
+def test_the_grid_is_tried_where_there_is_a_perplexity_to_find_or_nothing_printed_at_all(
+    repository: Layout, suite: str, model: str, count: int
+) -> None:
+    assert len(job._points(Keys(repository, suite, model, 0))) == count
+
+
 def test_losses_that_are_not_finite_are_a_failed_record_and_a_hole_upstream_a_skipped_one(
     scored: Layout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -270,8 +270,11 @@ def test_attached_model_computes_on_a_gpu(model_type: str, monkeypatch: pytest.M
     before = logits_of(model)
     report = attach(model)
     assert (report.compute, report.operations) == ("kernels", "triton")
-    stored = [m.get_buffer(name) for m in model.modules() if isinstance(m, PackedWeights) for name in m.stored_names()]
+    with_kernel = [model.get_submodule(name) for name in report.kernels]
+    stored = [module.get_buffer(name) for module in with_kernel for name in module.stored_names()]
     assert report.host_bytes == sum(tensor.nbytes for tensor in stored) > 0
+    if model_type in KERNEL_EXPERTS:
+        assert with_kernel == [m for m in model.modules() if isinstance(m, PackedLinear | PackedExperts)]
     assert not any(tensor.is_cuda for tensor in stored)
     found = logits_of(model)
     assert (found.cpu().float() - exact).norm() < 0.03 * exact.norm()

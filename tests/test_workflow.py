@@ -73,7 +73,9 @@ def test_a_suite_resolves_whole_without_torch(repository: Layout, no_torch: Path
 
 
 def test_table2_of_the_smoke_suite_needs_its_own_records_only(repository: Layout) -> None:
-    jobs = planned(snakemake(repository.root, "-n", "results/table2.csv"))
+    shown = snakemake(repository.root, "-n", "results/table2.csv")
+    jobs = planned(shown)
+    assert (shown.stdout + shown.stderr).count("priority: 100") == 3  # the gate, and what it reads of fp16
     methods = len(load_suite("smoke", repository).methods)
     for rule in ("quantize", "score_perplexity", "score_tasks", "score_routing"):
         assert jobs[rule] == methods

@@ -43,6 +43,11 @@ def bring(repository: Repository, folder: Path, origin: Origin, *, link: bool = 
         DataError: hub or mirror lack something or refuse, or a file is not what it must be; it is removed, others stay.
         StorageError: the disk is too small, full or read-only.
     """
+    if folder.is_symlink():
+        raise DataError(
+            f"{folder}: a link, expected a folder that `fetch` alone writes to: what is no file of the repository is "
+            "removed from it; remove the link, and name the folder that it leads to as a mirror (`--mirror`)"
+        )
     if origin.locked is None:
         arrived = _bring_unlocked(repository, folder, origin, link=link)
     else:
@@ -104,8 +109,8 @@ def _bring_unlocked(repository: Repository, folder: Path, origin: Origin, *, lin
             (folder / name).unlink()
             expected = listing.files[name].sha256 or f"{listing.files[name].blob} of git"
             raise DataError(
-                f"{folder / name}: got sha256 {sha}, expected the hash {expected} as the hub says; it was damaged on "
-                f"its way and was removed: {hub.KEPT}"
+                f"{repository.label}: {name}: got sha256 {sha}, expected the hash {expected} as the hub says; it was "
+                f"damaged on its way and was removed: {hub.KEPT}"
             )
         hashes[name] = sha
     return Arrived(listing.revision, {name: hashes[name] for name in sorted(hashes)})

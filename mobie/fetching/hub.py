@@ -120,6 +120,8 @@ def hub_errors(repository: Repository, folder: Path | None = None) -> Iterator[N
     Raises:
         DataError, StorageError: instead of the client's errors.
     """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
         yield
     except MobieError:
@@ -127,6 +129,8 @@ def hub_errors(repository: Repository, folder: Path | None = None) -> Iterator[N
     except Exception as error:  # the client raises errors of several libraries, and TypeError for a wrong answer
         if folder is not None and error_number(error) in REMEDIES:
             raise storage_error(folder, error) from error
+        if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # the client looked for a copy of its own after what really went wrong
         raise DataError(
             f"{repository.label}: the hub could not be read ({first_line(error)}); {_remedy(repository, error)}"
         ) from error
@@ -148,7 +152,7 @@ def _remedy(repository: Repository, error: Exception) -> str:
     lock = f"look at {page}, correct {configured}, or run `python -m mobie lock {repository.name}`"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository has no such revision: {lock}"
-    if isinstance(error, errors.EntryNotFoundError):
+    if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"the repository has no such file: {lock}"
     if isinstance(error, errors.RepositoryNotFoundError):
         login = "its token may not see it" if get_token() else "log in with `hf auth login` if it is private"

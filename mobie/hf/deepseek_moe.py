@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeMLP, Qwen2MoeTopKRouter
+from transformers.utils.output_capturing import OutputRecorder
 
 from mobie.hf.deepseek_config import MODEL_TYPE, DeepseekMoeConfig
 
@@ -68,6 +69,7 @@ class DeepseekMoePreTrainedModel(LlamaPreTrainedModel):
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": DeepseekMoeDecoderLayer,
         "attentions": LlamaAttention,
+        "router_logits": OutputRecorder(Qwen2MoeTopKRouter, index=0),
     }
 
     @classmethod

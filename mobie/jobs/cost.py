@@ -5,8 +5,9 @@ job that gets too little is killed and tried again with more, one that asks for 
 
     seconds = start + bytes read / READ + tokens · 2 · active parameters / FLOP/s + steps · step + quantizing
     step    = STEP_SECONDS, or as long as it takes to read the active weights once
-    device  = context + resident · weights + logits · vocabulary · 8 + cached · layers · hidden · 4     [bytes]
-    host    = process + copies · weights                                           [beside a GPU; else both together]
+    host    = process + copies · weights + a block in float32    [bytes; on a processor also the last two terms below]
+    device  = context + BLOCKS_AT_ONCE · block and both ends + logits · vocabulary · 8 + cached keys and values
+    whole   = the same with all weights: on a smaller card than that layers go to and fro, which takes longer than said
 
     asked for: memory = MEMORY_MARGIN · host, at most `resources.mem_mb` of the model's config at the first attempt;
                MEMORY_GROWTH at each further one
@@ -19,7 +20,8 @@ job that gets too little is killed and tried again with more, one that asks for 
   cores in everything else. **Not measured**: no job of the suite has been timed on a GPU;
 - a text that the protocol does not limit has WHOLE_TEXT tokens, the size of C4's part, which is the largest; tasks have
   the requests of their published test sets, items times choices; MMLU's choices share one pass;
-- weights are read over a network file system; keys and values are as wide as the hidden state.
+- weights are read over a network file system; keys and values are KEYS_SHARE as wide as the hidden state (some models
+  share them among heads).
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ PROCESS_MB = 2000  # Python, torch, transformers, lm-eval; two processes of Snak
 GPU_PROCESS_MB = 4500  # the same with a CUDA context
 CONTEXT_MB = 1000  # of a GPU's memory, before anything is put there
 MEMORY_STEP_MB = 500
+KEYS_SHARE = 0.5
+BLOCKS_AT_ONCE = 2  # the one at work and the next
 
 START_SECONDS = 7  # imports, and a small model
 SLOW_START_SECONDS = 120  # the same from a busy network file system
@@ -52,7 +56,7 @@ READ_BYTES_PER_SECOND = 2e8
 EFFICIENCY = 0.15
 FLOPS = {"cpu": 6e10, "gpu": EFFICIENCY * 312e12}
 FLOAT32_FLOPS = {"cpu": 6e10, "gpu": EFFICIENCY * 19.5e12}
-GRAM_FLOPS = {"cpu": 1.2e11, "gpu": EFFICIENCY * 19.5e12}  # large products of float32 alone
+GRAM_FLOPS = {"cpu": 8e10, "gpu": EFFICIENCY * 19.5e12}  # large products of float32 alone
 GPU_CORES = 100
 STEP_SECONDS = 0.1  # one token written by every row of a batch
 BANDWIDTH = {"cpu": 1e10, "gpu": EFFICIENCY * 1.5e12}  # bytes per second
@@ -94,7 +98,7 @@ class Need:
     """What a job is expected to take, without any margin.
 
     seconds:   of a GPU and the core beside it, where `gpu` is set; else of one processor core.
-    device_mb: of the GPU's memory; 0 on a processor.
+    device_mb: of the GPU's memory, at least; 0 on a processor. whole_mb: to hold the model there all the time.
     host_mb:   of the machine's own memory.
     work_mb:   on disk while it runs. kept_mb: on disk afterwards.
     """
@@ -103,30 +107,42 @@ class Need:
     gpu: bool
     device_mb: float
     host_mb: float
+    whole_mb: float = 0.0
     work_mb: float = 0.0
     kept_mb: float = 0.0
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a run gives to quantizing (`--config device=… memory=…`): device, None: as configured; MiB kept in RAM."""
+
+    device: Device | None = None
+    memory_mb: float = quantize_cost.BUDGET_MB
+
+
+DEFAULT = Allowance()
 
 
 @dataclass(frozen=True)
 class Work:
     """What a job does, in units that do not depend on the machine.
 
-    copies:   of the weights in the host's memory at once, in `dtype_bytes` each; 0: no model.
-    resident: of the weights on the device that computes.
+    copies:   of the weights in memory at once, in `dtype_bytes` each; 0: no model.
     tokens:   pass through the model. steps: decoding steps.
     logits:   tokens whose logits are held at once. cached: tokens whose keys and values are.
     by_block: blocks are read one after the other, in float32, by the processor; there is never a whole model.
+    whole: the model has to lie on the device.
     quantized: whether weights are quantized.
     """
 
     copies: float
     dtype_bytes: int = 2
-    resident: float = 1
     tokens: float = 0
     steps: float = 0
     logits: int = 0
     cached: int = 0
     by_block: bool = False
+    whole: bool = False
     quantized: bool = False
 
 
@@ -142,41 +158,46 @@ def estimate(kind: str, keys: Keys, attempt: int = 1) -> Estimate:
 
 
 @cache
-def expect(kind: str, keys: Keys, device: Device | None = None) -> Need:
-    """What a kind of job takes on a device; None: on a GPU where the model's configuration asks for one."""
+def expect(kind: str, keys: Keys, allowance: Allowance = DEFAULT) -> Need:
+    """What a kind of job takes: on a GPU where the model's configuration asks for one."""
     work = WORK[kind](keys.calibration_config, keys.protocol)
     size = size_of(keys.model_config)
-    device = device or ("gpu" if keys.model_config.resources.gpu else "cpu")
+    device: Device = "gpu" if keys.model_config.resources.gpu else "cpu"
+    if work.quantized:
+        return _quantizing(keys, size, allowance.device or device, allowance.memory_mb)
     if not work.copies or work.by_block:
         device = "cpu"
-    if work.quantized:
-        return _quantizing(keys, size, device)
-    weights = work.dtype_bytes * size.parameters
     step = max(STEP_SECONDS, 2 * size.active / BANDWIDTH[device])
     seconds = (
         START_SECONDS
-        + bool(work.copies) * weights / READ_BYTES_PER_SECOND
+        + bool(work.copies) * work.dtype_bytes * size.parameters / READ_BYTES_PER_SECOND
         + work.tokens * 2 * size.active / FLOPS[device]
         + work.steps * (step if work.copies else STEP_SECONDS)
     )
-    resident, copies = bool(work.copies) * work.resident * weights, work.copies * weights
+    weights = 0.0 if work.by_block else work.copies * work.dtype_bytes * size.parameters / 2**20
+    block = bool(work.copies) * quantize_cost.FLOAT * size.block / 2**20
     if work.by_block:
-        resident, copies = 0, quantize_cost.BLOCK_COPIES * quantize_cost.FLOAT * size.block
-    held = 2 * 4 * work.logits * size.vocabulary + 2 * 2 * work.cached * size.layers * size.hidden
-    if device == "gpu":
-        return Need(seconds, True, CONTEXT_MB + (resident + held) / 2**20, GPU_PROCESS_MB + copies / 2**20)
-    return Need(seconds, False, 0.0, PROCESS_MB + (max(resident, copies) + held) / 2**20)
+        block *= quantize_cost.BLOCK_COPIES
+    keys_values = 2 * 2 * KEYS_SHARE * size.layers * size.hidden
+    held = (2 * 4 * work.logits * size.vocabulary + work.cached * keys_values) / 2**20
+    if device == "cpu":
+        return Need(seconds, False, 0.0, PROCESS_MB + weights + block + held)
+    least = (
+        weights if work.whole else min(weights, work.dtype_bytes * (BLOCKS_AT_ONCE * size.block + size.ends) / 2**20)
+    )
+    sizes = (CONTEXT_MB + least + held, GPU_PROCESS_MB + weights + block, CONTEXT_MB + weights + held)
+    return Need(seconds, True, *sizes)
 
 
-def _quantizing(keys: Keys, size: Size, device: Device) -> Need:
+def _quantizing(keys: Keys, size: Size, device: Device, memory_mb: float) -> Need:
     """The block loop: `quantize_cost.py`."""
     config, calibration = keys.method_config, keys.calibration_config
     effort = quantize_cost.effort(config, size, calibration)
-    memory = quantize_cost.block_memory(config, size, calibration)
+    memory = quantize_cost.block_memory(config, size, calibration, memory_mb)
     cores = GPU_CORES if device == "gpu" else 1
     seconds = (
         START_SECONDS
-        + 2 * size.parameters / READ_BYTES_PER_SECOND
+        + effort.reads * keys.model_config.bytes / READ_BYTES_PER_SECOND
         + effort.flops / FLOAT32_FLOPS[device]
         + effort.gram_flops / GRAM_FLOPS[device]
         + effort.core_seconds / cores
@@ -185,7 +206,7 @@ def _quantizing(keys: Keys, size: Size, device: Device) -> Need:
         sizes = (CONTEXT_MB + memory.device, GPU_PROCESS_MB + memory.host)
     else:
         sizes = (0.0, PROCESS_MB + memory.host + memory.device)
-    return Need(seconds, device == "gpu", *sizes, memory.work, memory.kept)
+    return Need(seconds, device == "gpu", *sizes, work_mb=memory.work, kept_mb=memory.kept)
 
 
 def _bytes(dtype: str) -> int:
@@ -201,12 +222,11 @@ def _tokenize(calibration: Calibration, protocol: ProtocolConfig) -> Work:
 
 
 def _windows(parts: tuple, models: int) -> Work:
-    """Token windows through `models` models, one after the other; loading makes a second copy for a while."""
+    """Token windows through `models` models, one after the other; a copy of the model for each dtype."""
     tokens = sum(WHOLE_TEXT if part.windows is None else part.windows * part.window for part in parts)
     return Work(
-        copies=2,
+        copies=len({part.dtype for part in parts}),
         dtype_bytes=max(_bytes(part.dtype) for part in parts),
-        resident=len({part.dtype for part in parts}),
         tokens=models * tokens,
         logits=max(part.batch_size * part.window for part in parts),
     )
@@ -244,7 +264,7 @@ def _tasks(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     requests = sum(_requests(task, part.limit) for task in part.tasks)
     length = min(REQUEST_TOKENS, part.max_length)
     batch = part.batch_size * length
-    return Work(copies=2, dtype_bytes=_bytes(part.dtype), tokens=requests * length, logits=batch, cached=batch)
+    return Work(copies=1, dtype_bytes=_bytes(part.dtype), tokens=requests * length, logits=batch, cached=batch)
 
 
 def _hard(calibration: Calibration, protocol: ProtocolConfig) -> Work:
@@ -257,12 +277,12 @@ def _hard(calibration: Calibration, protocol: ProtocolConfig) -> Work:
         tokens += requests * length
         steps += math.ceil(requests / part.batch_size) * (task.generated_tokens or 0)
     batch = part.batch_size * longest
-    return Work(copies=2, dtype_bytes=_bytes(part.dtype), tokens=tokens, steps=steps, logits=batch, cached=batch)
+    return Work(copies=1, dtype_bytes=_bytes(part.dtype), tokens=tokens, steps=steps, logits=batch, cached=batch)
 
 
 def _generations(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     part = protocol.generations
-    return Work(copies=2, dtype_bytes=_bytes(part.dtype), steps=PROMPTS * part.max_new_tokens)
+    return Work(copies=1, dtype_bytes=_bytes(part.dtype), steps=PROMPTS * part.max_new_tokens)
 
 
 def _code_samples(calibration: Calibration, protocol: ProtocolConfig) -> Work:
@@ -272,7 +292,7 @@ def _code_samples(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     runs = problems * len(part.modes)
     programs = problems * sum(part.modes.values())
     return Work(
-        copies=2,
+        copies=1,
         dtype_bytes=_bytes(part.dtype),
         tokens=programs * min(REQUEST_TOKENS, part.max_length),
         steps=runs * part.max_new_tokens,
@@ -292,10 +312,11 @@ def _speed(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     part = protocol.speed
     settings = 1 + len(part.batches) + len(part.routers)
     return Work(
-        copies=2,
+        copies=1,
         dtype_bytes=_bytes(part.dtype),
         steps=RUNNERS * settings * (part.decode + part.repetitions),
         cached=max(part.batch, *part.batches, 0) * (part.prefill + part.decode),
+        whole=True,
     )
 
 

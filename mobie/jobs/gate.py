@@ -21,6 +21,7 @@ from mobie.paper.baseline import PERPLEXITY, Printed, printed_baseline
 from mobie.provenance import digest
 from mobie.records import Record, read_record
 from mobie.scoring.gate import measure_grid, point_label
+from mobie.scoring.perplexity import PerplexityProtocol
 from mobie.scoring.reproduce import METRICS, Candidate, accuracy_candidates, compare, conclude, told
 
 KIND = "gate"
@@ -53,6 +54,13 @@ def _printed(keys: Keys) -> tuple[Printed, ...]:
     return tuple(e for e in printed_baseline(keys.model_config.label) if e.column != PERPLEXITY or text == PAPER_TEXT)
 
 
+def _points(keys: Keys) -> tuple[PerplexityProtocol, ...]:
+    """The grid; the suite's own point alone for a model of the paper's whose perplexity it does not print."""
+    points = keys.protocol.gate.points(keys.protocol.gate_own)
+    has_entry = any(entry.column == PERPLEXITY for entry in _printed(keys))
+    return points if has_entry or keys.model_config.label is None else points[:1]
+
+
 def _gate(keys: Keys) -> Job:
     folder, manifest = checkpoint_of(keys, REFERENCE)
     gate, own = keys.protocol.gate, keys.protocol.gate_own
@@ -68,7 +76,7 @@ def _gate(keys: Keys) -> Job:
     }
 
     def measure() -> Scores:
-        grid = measure_grid(*load(folder, gate.dtype), documents, gate.points(own))
+        grid = measure_grid(*load(folder, gate.dtype), documents, _points(keys))
         candidates = [
             *(
                 Candidate(PERPLEXITY, point_label(point), point == gate.own_point(own), found, gate.windows is not None)

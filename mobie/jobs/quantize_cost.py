@@ -7,9 +7,11 @@
     passes: 2 (observed, then as stored); with loss gradients 5 more (forward, backward with recomputation, once more
             for guided Hessians). Methods without statistics take neither passes nor products.
 
-    device memory = BLOCK_COPIES · block in float32 + chunk + cached Hessians + activations of a batch + both ends
-    host memory   = a block and both ends as they are read + kept activations (up to BUDGET) + token weights of a block
-    disk at work  = kept activations beyond BUDGET; with loss gradients what enters every block, if that is more
+    device memory = BLOCK_COPIES · block in float32 + chunk + cached Hessians + activations of a batch
+    host memory   = a block, unpacked again, and both ends as they are read + kept activations (up to BUDGET)
+                    + token weights of a block
+    disk at work  = kept activations beyond BUDGET (`--memory`); with loss gradients what enters every block, if it is
+                    more
 
 The block loop keeps hidden states of all tokens and inputs of the layer's experts, both once more with loss gradients.
 The model as a whole is never in memory, so only disk grows with the number of blocks.
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mobie.jobs.size import ATTENTION_LINEARS
+from mobie.resources import DEFAULT_MEMORY, parse_memory
 
 if TYPE_CHECKING:
     from mobie.config import Calibration, MethodConfig
@@ -32,12 +35,13 @@ FORWARD_PASSES, GRADIENT_PASSES = 2, 5
 GRADIENT_GROUPS = 4
 GRADIENT_OPTIONS = ("joint_svd", "shared_side", "rank", "gradient_at", "gradient_groups", "router")
 NAMED_LINEARS = 7  # Linears of a block beside its experts, at most
-BLOCK_COPIES = 3  # as read, as packed and unpacked, what a method works on
+BLOCK_COPIES = 2  # as it runs, and what a method works on; packed results go to the host
 BATCH_TOKENS = 8192  # that pass through a block at a time, or one sequence if that is longer
 ACTIVATIONS = 10  # tensors as wide as the hidden state that a block holds for the backward pass
 EXPERT_ACTIVATIONS = 4  # the same as wide as an expert, for each of the experts of a token
 CHUNK_MB = 1024  # statistics and work of as many experts as fit
-BUDGET_MB = 4e9 / 2**20  # of kept activations in RAM, and of Hessians that are kept
+BUDGET_MB = parse_memory(DEFAULT_MEMORY) / 2**20  # of kept activations in RAM, and of Hessians that are kept
+READS, GRADIENT_READS = 2, 2  # of the model's files: a survey and the block loop; forward and backward
 FLOAT = 4  # bytes
 
 
@@ -57,12 +61,12 @@ class MethodCost:
 
 METHODS = {
     "fp16": MethodCost(1e-9, 16.0, statistics=False),
-    "rtn": MethodCost(5e-9, None),
-    "gptq": MethodCost(2.5e-7, None),
-    "awq": MethodCost(1.7e-6, None),
-    "billm": MethodCost(1e-6, 3.0),
-    "arb": MethodCost(1.8e-6, 3.2),
-    "mobie": MethodCost(1.4e-6, 1.8),
+    "rtn": MethodCost(1.2e-8, None),
+    "gptq": MethodCost(1.5e-7, None),
+    "awq": MethodCost(1.25e-6, None),
+    "billm": MethodCost(9.2e-7, 3.0),
+    "arb": MethodCost(1.6e-6, 3.2),
+    "mobie": MethodCost(1.2e-6, 1.8),
 }
 GRID_BITS = 32  # a scale and a zero of 16 bits
 
@@ -109,8 +113,13 @@ def gradient_bytes(config: MethodConfig, size: Size, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class Effort:
-    """Work of a quantize job: floating-point operations in the model and in Hessians, seconds on a core beside."""
+    """Work of a quantize job.
 
+    reads: of all of the model's files. flops, gram_flops: operations in the model and in Hessians.
+    core_seconds: on one core, for the rest.
+    """
+
+    reads: int
     flops: float
     gram_flops: float
     core_seconds: float
@@ -121,11 +130,12 @@ def effort(config: MethodConfig, size: Size, calibration: Calibration) -> Effort
     cost, tokens = method_cost(config), calibration.sequences * calibration.length
     own = method_seconds(config, size, size.parameters - size.ends)
     if not cost.statistics:
-        return Effort(0.0, 0.0, own)
+        return Effort(READS, 0.0, 0.0, own)
     gradients = needs_gradients(config)
     passes = FORWARD_PASSES + GRADIENT_PASSES * gradients
     grams = hessian_flops(config, size) + again_flops(config, size)
-    return Effort(2.0 * tokens * passes * size.active, tokens * size.layers * grams, own)
+    reads = READS + GRADIENT_READS * gradients
+    return Effort(reads, 2.0 * tokens * passes * size.active, tokens * size.layers * grams, own)
 
 
 def method_seconds(config: MethodConfig, size: Size, weights: int) -> float:
@@ -166,7 +176,9 @@ class BlockMemory:
     kept: float
 
 
-def block_memory(config: MethodConfig, size: Size, calibration: Calibration) -> BlockMemory:
+def block_memory(
+    config: MethodConfig, size: Size, calibration: Calibration, budget_mb: float = BUDGET_MB
+) -> BlockMemory:
     """Memory of the block loop; on a processor `device` and `host` are one and add up."""
     cost, gradients = method_cost(config), needs_gradients(config)
     block, ends, kept = _mib(size.block), _mib(size.ends), checkpoint_bytes(config, size) / 2**20
@@ -178,13 +190,13 @@ def block_memory(config: MethodConfig, size: Size, calibration: Calibration) -> 
     expert = (1 + gradients * groups_of(config)) * (2 * size.hidden**2 + size.width**2)
     hessians = min(CHUNK_MB, _mib(size.experts * expert)) + min(BUDGET_MB, _mib(size.experts * expert))
     states = _mib(tokens * size.hidden)
-    held = min(2 * (1 + gradients) * states, BUDGET_MB)
+    held = min(2 * (1 + gradients) * states, budget_mb)
     entries = (size.layers + 2) * states if gradients else 0.0
     weights = gradients * gradient_bytes(config, size, tokens) / size.layers / 2**20
     return BlockMemory(
-        BLOCK_COPIES * block + hessians + _mib(batch * activations) + ends,
+        max(BLOCK_COPIES * block + hessians + _mib(batch * activations), ends),
         block + ends + held + weights,
-        max(2 * (1 + gradients) * states - held, entries if entries > BUDGET_MB else 0.0),
+        max(2 * (1 + gradients) * states - held, entries if entries > budget_mb else 0.0),
         kept,
     )
 

@@ -229,11 +229,11 @@ def split_errors(values: Tensor, upper: Tensor, order: int) -> Tensor:
 def _column_split_errors(values: Tensor, upper: Tensor, order: int) -> Tensor:
     sides = torch.stack((~upper, upper), dim=1).to(values.dtype)  # (candidates, 2, n)
     averaging = (sides / sides.sum(-1, keepdim=True).clamp(min=1)).mT
-    residual = values.expand(len(upper), *values.shape)
+    residual = values.repeat(len(upper), 1, 1)
     for _ in range(order):
-        residual = residual - residual @ averaging @ sides
-        residual = residual - (residual.abs() @ averaging @ sides).copysign(residual + 0.0)
-    return residual.square().sum((1, 2))
+        residual.sub_(residual @ averaging @ sides)
+        _subtract_signs(residual, residual.abs() @ averaging @ sides)
+    return residual.square_().sum((1, 2))
 
 
 def _element_split_errors(values: Tensor, upper: Tensor, order: int) -> Tensor:
@@ -241,9 +241,15 @@ def _element_split_errors(values: Tensor, upper: Tensor, order: int) -> Tensor:
     groups = Groups(values.repeat(len(upper), 1), upper.reshape(-1, n))
     residual = values.repeat(len(upper), 1)
     for _ in range(order):
-        residual = residual - groups.rows(groups.row_mean(residual))
-        residual = residual - groups.rows(groups.row_mean(residual.abs())).copysign(residual + 0.0)
-    return residual.square().view(-1, out * n).sum(1)
+        residual.sub_(groups.rows(groups.row_mean(residual)))
+        _subtract_signs(residual, groups.rows(groups.row_mean(residual.abs())))
+    return residual.square_().view(-1, out * n).sum(1)
+
+
+def _subtract_signs(residual: Tensor, scale: Tensor) -> None:
+    """Take `scale · sign(residual)` off the residual, in its own memory; `scale` is lost."""
+    residual.add_(0.0)  # zero of either sign becomes +0
+    residual.sub_(scale.copysign_(residual))
 
 
 def border_errors(values: Tensor, borders: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mobie.config import SPEC_MARK
 from mobie.jobs import quantize_cost
-from mobie.jobs.cost import PROCESS_MB, Need, expect
+from mobie.jobs.cost import DEFAULT, PROCESS_MB, Allowance, Need, expect
 from mobie.jobs.keys import Keys
 from mobie.jobs.size import size_of
 from mobie.lock import download_bytes
@@ -28,13 +28,17 @@ FETCH_MODEL, TRAINING = "fetch_model", "train_nano"
 
 @dataclass
 class Sum:
-    """Totals of some jobs: how many, how many of them are done, hours, peaks in MiB and the jobs that have them."""
+    """Totals of some jobs: how many, how many of them are done, hours, peaks in MiB and the jobs that have them.
+
+    whole_mb: of a GPU that holds every model at once; on a smaller one layers go to and fro.
+    """
 
     jobs: int = 0
     done: int = 0
     gpu_hours: float = 0.0
     cpu_hours: float = 0.0
     gpu_mb: float = 0.0
+    whole_mb: float = 0.0
     host_mb: float = 0.0
     gpu_job: str = ""
     host_job: str = ""
@@ -49,6 +53,7 @@ class Sum:
             self.gpu_hours += need.seconds / HOUR
         else:
             self.cpu_hours += need.seconds / HOUR
+        self.whole_mb = max(self.whole_mb, need.whole_mb)
         if need.device_mb > self.gpu_mb:
             self.gpu_mb, self.gpu_job = need.device_mb, describe(job)
         if need.host_mb > self.host_mb:
@@ -58,7 +63,8 @@ class Sum:
         """For JSON, rounded."""
         values = {"jobs": self.jobs, "done": self.done, "gpu_job": self.gpu_job, "host_job": self.host_job}
         hours = {"gpu_hours": round(self.gpu_hours, 3), "cpu_hours": round(self.cpu_hours, 3)}
-        return values | hours | {"gpu_mb": round(self.gpu_mb), "host_mb": round(self.host_mb)}
+        peaks = {name: round(getattr(self, name)) for name in ("gpu_mb", "whole_mb", "host_mb")}
+        return values | hours | peaks
 
 
 @dataclass(frozen=True)
@@ -136,20 +142,22 @@ def describe(job: Job) -> str:
     return " ".join(word for word in words if word)
 
 
-def need_of(job: Job) -> Need | None:
+def need_of(job: Job, allowance: Allowance = DEFAULT) -> Need | None:
     """What a job takes; None for one of seconds without a model. Training takes as long as it took."""
     if job.rule.name == TRAINING:
         record = json.loads((embedded_model("nano-olmoe") / "training.json").read_text(encoding="utf-8"))
         return Need(record["seconds"], False, 0.0, PROCESS_MB)
-    return None if job.rule.kind is None or job.keys is None else expect(job.rule.kind, job.keys)
+    return None if job.rule.kind is None or job.keys is None else expect(job.rule.kind, job.keys, allowance)
 
 
-def budget(jobs: Iterable[Job], layout: Layout, shown_methods: Sequence[str] = ()) -> Budget:
+def budget(
+    jobs: Iterable[Job], layout: Layout, shown_methods: Sequence[str] = (), allowance: Allowance = DEFAULT
+) -> Budget:
     """Add up the jobs of a plan; hours on a core are given for the methods `shown_methods` alone."""
     found = Budget()
     gradients: set[tuple[object, ...]] = set()
     for job in jobs:
-        need = need_of(job)
+        need = need_of(job, allowance)
         found.total.add(job, need)
         found.rules[job.rule.name].add(job, need)
         if job.keys is not None:
@@ -197,5 +205,5 @@ def _gradients_mb(keys: Keys, seen: set[tuple[object, ...]]) -> float:
 
 def _add_cores(found: Budget, keys: Keys, shown: Sequence[str]) -> None:
     if keys.method in shown and SPEC_MARK not in keys.method:
-        hours = expect("quantize", keys, "cpu").seconds / HOUR
+        hours = expect("quantize", keys, Allowance("cpu")).seconds / HOUR
         found.cores[keys.model][keys.method] = hours

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from mobie.options import verb
 
-SUITE, MODELS, MIRROR = "suite", "models", "mirror"
+if TYPE_CHECKING:
+    from mobie.jobs.cost import Allowance, Device
+
+SUITE, MODELS, MIRROR, DEVICE, MEMORY = "suite", "models", "mirror", "device", "memory"
 OTHERS = ("unsandboxed",)  # keys of the workflow that change nothing here
-KEYS = (SUITE, MODELS, MIRROR, *OTHERS)
+KEYS = (SUITE, MODELS, MIRROR, DEVICE, MEMORY, *OTHERS)
 CANNOT = 3  # exit status: the machine cannot run it
 
 
 @verb(name="plan")
 @click.argument("targets", nargs=-1, metavar="[TARGET]...")
 @click.option(
-    "--config", multiple=True, metavar="KEY=VALUE", help="As for Snakemake: suite=NAME, models=A,B, mirror=DIR."
+    "--config", multiple=True, metavar="KEY=VALUE", help="As for Snakemake: suite=, models=, mirror=, device=, memory=."
 )
 @click.option("--machine", metavar="TEXT", help="Plan for another machine, e.g. gpu=1x24GB,ram=64GB,disk=500GB.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -51,9 +55,10 @@ def plan_command(targets: tuple[str, ...], config: tuple[str, ...], machine: str
     wanted = layout_targets(targets or ("all",), layout)
     here = parse_machine(machine) if machine else this_machine(layout.root)
     graph = Graph(layout, suite, chosen_models(values.get(MODELS), layout))
-    found = budget(graph.jobs(wanted), layout, load_suite(suite, layout).methods)
+    allowance = _allowance(values)
+    found = budget(graph.jobs(wanted), layout, load_suite(suite, layout).methods, allowance)
     lacks = problems(found, here)
-    offers = nearest(graph, wanted, found, here) if lacks else []
+    offers = nearest(graph, wanted, found, here, allowance) if lacks else []
     mirror = mirror_folder(values.get(MIRROR) or os.environ.get("MOBIE_MIRROR"))
     reasons = lacks + mirror_problems(found, mirror, layout)
     if as_json:
@@ -82,6 +87,17 @@ def plan_command(targets: tuple[str, ...], config: tuple[str, ...], machine: str
             click.echo(refusal(here, reasons, offers), err=True)
     if reasons:
         raise SystemExit(CANNOT)
+
+
+def _allowance(values: dict[str, str]) -> Allowance:
+    """What `device=` and `memory=` give to quantizing. Raises `ConfigError` for a memory of another form."""
+    from mobie.jobs.cost import Allowance
+    from mobie.resources import AUTO, CPU, DEFAULT_MEMORY, parse_memory
+
+    device = values.get(DEVICE) or os.environ.get("MOBIE_DEVICE") or AUTO
+    memory = values.get(MEMORY) or os.environ.get("MOBIE_MEMORY") or DEFAULT_MEMORY
+    chosen: Device | None = None if device == AUTO else "cpu" if device == CPU else "gpu"
+    return Allowance(chosen, parse_memory(memory) / 2**20)
 
 
 def _values(config: tuple[str, ...]) -> dict[str, str]:

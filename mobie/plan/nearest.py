@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobie.errors import ConfigError
+from mobie.jobs.cost import DEFAULT, Allowance
 from mobie.jobs.fetch import missing_in_mirror
 from mobie.paths import Layout
 from mobie.plan.budget import Budget, Sum, budget
@@ -62,40 +63,44 @@ def _gib(mib: float) -> str:
     return f"{mib / 1024:.1f} GiB"
 
 
-def nearest(graph: Graph, targets: Iterable[str], found: Budget, machine: Machine) -> list[Offer]:
+def nearest(
+    graph: Graph, targets: Iterable[str], found: Budget, machine: Machine, allowance: Allowance = DEFAULT
+) -> list[Offer]:
     """What the machine can run in place of a plan that it cannot, nearest first: fewer models, then a smaller suite."""
     targets = list(targets)
     offers = []
-    fewer = _fewer_models(graph, targets, found, machine)
+    fewer = _fewer_models(graph, targets, found, machine, allowance)
     if fewer:
         left_out = ", ".join(sorted(set(found.models) - set(fewer)))
         offers.append(Offer(command(targets, graph.suite, fewer), f"holes in place of {left_out}"))
     for suite in SMALLER_SUITES:
         if suite == graph.suite or offers:
             continue
-        smaller = _budget_of(Graph(graph.layout, suite), targets)
+        smaller = _budget_of(Graph(graph.layout, suite), targets, allowance)
         if smaller is not None and not problems(smaller, machine):
             offers.append(Offer(command(targets, suite), f"the models and the protocol of the suite {suite}"))
     return offers
 
 
-def _budget_of(graph: Graph, targets: list[str]) -> Budget | None:
+def _budget_of(graph: Graph, targets: list[str], allowance: Allowance) -> Budget | None:
     """What targets take in another suite; None where it has no such target."""
     suites = {target.split("/")[1] for target in targets if target.startswith("results/") and target.count("/") > 1}
     if suites - {graph.suite}:
         return None
     try:
-        return budget(graph.jobs(targets), graph.layout)
+        return budget(graph.jobs(targets), graph.layout, allowance=allowance)
     except ConfigError:
         return None
 
 
-def _fewer_models(graph: Graph, targets: list[str], found: Budget, machine: Machine) -> tuple[str, ...]:
+def _fewer_models(
+    graph: Graph, targets: list[str], found: Budget, machine: Machine, allowance: Allowance
+) -> tuple[str, ...]:
     """The models whose jobs fit, without the largest ones if the disk is too small for all; empty: none fits."""
     fitting = [name for name, total in found.models.items() if not _memory_problems(total, machine)]
     fitting.sort(key=lambda name: found.disk[name].total)
     while fitting:
-        smaller = _budget_of(Graph(graph.layout, graph.suite, tuple(fitting)), targets)
+        smaller = _budget_of(Graph(graph.layout, graph.suite, tuple(fitting)), targets, allowance)
         if smaller is not None and not problems(smaller, machine):
             return tuple(name for name in found.models if name in fitting)
         fitting.pop()

@@ -28,6 +28,7 @@ def shown(suite: str, targets: Sequence[str], found: Budget, machine: Machine) -
         if found.cores:
             parts.append(_core_table(found))
         parts.append(BASIS)
+    parts.append(_larger_models(found, machine))
     parts.append(f"{'Machine as described' if machine.described else 'This machine'}: {machine.line()}.")
     return "\n\n".join(part for part in parts if part)
 
@@ -94,6 +95,16 @@ def _downloads(found: Budget) -> str:
             f"Gated on the hub: {', '.join(found.gated)}: accept the terms there and log in with `hf auth login`."
         )
     return "\n".join(lines)
+
+
+def _larger_models(found: Budget, machine: Machine) -> str:
+    """Models that a card cannot hold whole."""
+    if not machine.gpus:
+        return ""
+    larger = [f"{n} ({s.whole_mb / 1024:.0f} GiB)" for n, s in found.models.items() if s.whole_mb > machine.gpu_mb]
+    if not larger:
+        return ""
+    return f"Larger than the card: {', '.join(larger)}. Their layers go to and fro: scores take longer than said."
 
 
 def _core_table(found: Budget) -> str:

@@ -33,7 +33,9 @@ def locked(name):
     """What the lock says of a repository: a change makes the download, and all that is made from it, stale."""
     repository = repository_of(name, PATHS)
     entry = locked_entry(repository, PATHS)
-    return "not pinned" if entry is None else digest(entry.model_dump(mode="json"))
+    if entry is None:
+        return f"not pinned: {repository.repo} {repository.revision} {' '.join(repository.patterns)}"
+    return digest(entry.model_dump(mode="json"))
 
 
 rule fetch_wheel:
