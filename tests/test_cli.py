@@ -84,6 +84,8 @@ def test_help_explains_every_verb_with_an_example_and_starts_without_torch(tmp_p
         (("quantize", "--suite", "smok", "--method", "mobie"), "did you mean smoke"),
         (("quantize", "--model", "nano-olmo", "--method", "mobie"), "did you mean nano-olmoe"),
         (("quantize", "--method", "mobi"), "mobie"),
+        (("quantize", "--method", "mobie", "--device", "gpu"), "expected auto, cpu, cuda"),
+        (("quantize", "--method", "mobie", "--memory", "much"), "expected a number with a unit"),
         (("score-perplexity", "--method", "bilm"), "did you mean billm"),
         (("calibrate", "--suite", "papers"), "did you mean paper"),
         (("table", "table2", "--suite", "smoek"), "did you mean smoke"),

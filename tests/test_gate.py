@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobie.check.findings import Report as CheckReport
 from mobie.check.gate import check_gate
@@ -29,7 +29,6 @@ from mobie.jobs.data import calibrate, make_windows
 from mobie.jobs.keys import Keys
 from mobie.jobs.quantize import quantize_job
 from mobie.jobs.score import score_job
-from mobie.models.load import load_full_precision
 from mobie.paper.baseline import AVERAGES, COLUMNS, PERPLEXITY, TASK_METRICS, Printed, printed_baseline
 from mobie.paths import Layout, embedded_model
 from mobie.records import Measurement, Record, read_record, write_record
@@ -202,7 +201,8 @@ def test_an_entry_printed_twice_is_reproduced_by_either() -> None:
 @pytest.fixture(scope="module")
 def nano() -> tuple[Any, Any]:
     folder = embedded_model("nano-olmoe")
-    return load_full_precision(folder), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def test_a_made_up_baseline_is_found_at_the_point_it_was_measured_at_and_there_alone(nano: tuple[Any, Any]) -> None:

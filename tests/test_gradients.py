@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,10 +29,10 @@ from tiny import (
     save_model,
 )
 from torch import Tensor, nn
+from whole_model import whole_model_weights
 
 from mobie.calibration import backward
-from mobie.calibration.backward import GradientPass, LayerGradients
-from mobie.calibration.capture import observe_experts
+from mobie.calibration.backward import GradientPass
 from mobie.calibration.gradients import (
     load_checked,
     load_token_weights,
@@ -91,28 +91,6 @@ def streamed_weights(streamed: Any, method: Any, batches: list[Tensor]) -> list[
         store = ActivationStore(Path(folder) / "store", "job", Memory(1 << 30))
         GradientPass(streamed, method, batches, store, found).run()
         return [found.weights(index) for index in range(len(streamed.blocks))]
-
-
-def whole_model_weights(model: nn.Module, adapter: Adapter, method: Any, batches: list[Tensor]) -> list[TokenWeights]:
-    """The same from one backward pass through the whole model, as the library runs it."""
-    blocks = adapter.blocks(model)
-    observers = [LayerGradients(block, adapter, method, sum(ids.numel() for ids in batches)) for block in blocks]
-    experts = {adapter.experts_module(b): o for b, o in zip(blocks, observers, strict=True)}
-    experts.pop(None, None)
-    offset = 0
-    with ExitStack() as stack:
-        for observer in observers:
-            stack.enter_context(observer.watching())
-        stack.enter_context(observe_experts(experts, model.config))
-        for ids in batches:
-            for observer in observers:
-                observer.start_batch(offset)
-            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-            torch.autograd.grad(loss, embedded)
-            offset += ids.numel()
-    return [observer.result() for observer in observers]
 
 
 def independent_gradients(model: nn.Module, adapter: Adapter, ids: Tensor) -> tuple[list[dict], list[dict], list]:

@@ -1,53 +1,14 @@
-"""Full-precision models from local folders; what cannot be used is refused before anything is computed."""
+"""What the configuration of a model in a local folder says."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from mobie.errors import DataError
 from mobie.models import OWN_FILES
-from mobie.models.base import require_finite
 from mobie.parsing import parse_json
-
-
-def load_full_precision(folder: Path) -> nn.Module:
-    """The library's model from a local folder, in float32 for computing.
-
-    Its experts run one after the other (`eager`), in the order of sums of the observed experts function: a block read
-    back after a kill must pass on the same hidden states, bit for bit, as the block that was observed.
-
-    Raises:
-        DataError: unreadable files, parameters missing, unexpected or of another shape, values that are not finite.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            experts_implementation="eager",
-            ignore_mismatched_sizes=True,  # they are refused below, with a message of our own
-            use_safetensors=True,  # other weight files are pickles
-            output_loading_info=True,
-            **OWN_FILES,
-        )
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(
-            f"{folder}: the model's weights cannot be read ({error}); expected complete safetensors files and "
-            "config.json; delete the folder and fetch the model again"
-        ) from error
-    wrong = {
-        key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]
-    }
-    if wrong:
-        raise DataError(f"{folder}: {wrong}; expected exactly the model's own parameters; fetch the model again")
-    for name, parameter in model.named_parameters():
-        require_finite(name, parameter)
-    return model.eval()
 
 
 def model_type(folder: Path) -> str:
