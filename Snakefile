@@ -4,10 +4,12 @@
 #   snakemake --cores all results/table2.csv                        one table, and what it needs
 #   snakemake --cores all paper_figures/fig6.png results/claims.md  a figure, the verdicts
 #   snakemake --cores all --config suite=paper results/table2.csv   the paper's models, GPU and hub
+#   snakemake --cores all --config suite=paper models=olmoe-1b-7b -- results/table2.csv   of these models alone
 #   snakemake --cores 1 results/audit.md                            the paper's tables against each other
 #   snakemake -n                                                    what would run
 #   snakemake --cores all train_nano                                train the embedded model again (hours)
 #
+# `python -m mobie plan [TARGET] [--config suite=paper]` says beforehand what it takes, `python -m mobie doctor` what is here.
 # A rule calls one verb of `python -m mobie`; `python -m mobie VERB --help` explains it.
 
 
@@ -17,6 +19,7 @@ include: "workflow/rules/nano.smk"
 include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/score.smk"
+include: "workflow/rules/gate.smk"
 include: "workflow/rules/code.smk"
 include: "workflow/rules/speed.smk"
 include: "workflow/rules/audit.smk"
@@ -26,8 +29,4 @@ include: "workflow/rules/targets.smk"
 rule all:
     default_target: True
     input:
-        [PATHS.table(table, "csv") for table in TABLES],
-        [PATHS.figure(figure, "svg") for figure in FIGURES],
-        PATHS.table("claims", "csv"),
-        PATHS.table("audit", "md"),
-        PATHS.report,
+        needs.everything(PATHS),

@@ -14,11 +14,12 @@ import click
 from mobie.by_hand import chat_command, methods_command, schema_command, try_command
 from mobie.check.command import check_command
 from mobie.determinism import read_locally
+from mobie.doctor.command import doctor_command
 from mobie.errors import MobieError
+from mobie.fetching.command import fetch_command, lock_command
 from mobie.jobs.attempt import is_out_of_memory
 from mobie.jobs.command import (
     calibrate_command,
-    fetch_command,
     mirror_command,
     quantize_command,
     train_nano_command,
@@ -26,6 +27,7 @@ from mobie.jobs.command import (
 )
 from mobie.kernels.command import kernels_command, tune_command
 from mobie.paper.audit.command import audit_command
+from mobie.plan.command import plan_command
 from mobie.publish.command import publish_command, rebuild_command
 from mobie.redaction import redact
 from mobie.reliability import reliability_command
@@ -38,14 +40,15 @@ from mobie.report.command import (
     table_command,
 )
 from mobie.scoring.code.command import generate_code_command, score_code_command
-from mobie.scoring.command import score_commands
+from mobie.scoring.command import gate_command, score_commands
 from mobie.speed.command import speed_command
 
 NO_MEMORY = (
     "no memory left; finished files are as they were; close other programs, or use a machine with more memory, and run "
     "the same command again"
 )
-ONLINE = {"fetch"}  # every other verb reads local files only
+ONLINE = {"fetch", "lock"}  # every other verb reads local files only
+LOOKS_FIRST = {"doctor"}  # at the environment as it is, then drops its secrets by itself
 
 
 class ErrorsWithoutTraceback(click.Group):
@@ -75,12 +78,16 @@ def main(context: click.Context) -> None:
     METHOD is a file in workflow/config/methods, or one with changes: `mobie+regularization=0.3` or
     `billm+calibration.text=web-calibration`. To look at one method in two seconds, use `try`.
     """
-    if context.invoked_subcommand not in ONLINE:
+    if context.invoked_subcommand not in ONLINE | LOOKS_FIRST:
         read_locally()
 
 
+# before anything runs
+main.add_command(plan_command)
+main.add_command(doctor_command)
 # data, models and records
 main.add_command(fetch_command)
+main.add_command(lock_command)
 main.add_command(mirror_command)
 main.add_command(train_nano_command)
 main.add_command(calibrate_command)
@@ -88,6 +95,7 @@ main.add_command(windows_command)
 main.add_command(quantize_command)
 for score_command in score_commands:
     main.add_command(score_command)
+main.add_command(gate_command)
 main.add_command(generate_code_command)
 main.add_command(score_code_command)
 main.add_command(speed_command)

@@ -20,6 +20,7 @@ from mobie.paths import Layout, find_root
 from mobie.provenance import digest
 from mobie.scoring.cka import CkaProtocol
 from mobie.scoring.code.protocol import CodeProtocol
+from mobie.scoring.gate import GateProtocol
 from mobie.scoring.generations import GenerationsProtocol
 from mobie.scoring.hard import HardProtocol
 from mobie.scoring.perplexity import PerplexityProtocol
@@ -80,6 +81,7 @@ class ModelConfig(Strict):
     bytes: PositiveInt = Field(description="size of the weight files")
     resources: Resources
     calibration: Calibration
+    gated: bool = Field(default=False, description="the hub asks to accept terms and log in before it lets files go")
     chat: bool = Field(default=False, description="tuned to follow instructions: asked through its chat template")
     notes: str = Field(default="", description="what a reader of a table must know about this model")
 
@@ -134,11 +136,27 @@ class ProtocolConfig(Strict):
     hard: HardProtocol
     code: CodeProtocol
     speed: SpeedProtocol
+    gate: GateProtocol
 
     @property
     def texts(self) -> tuple[str, ...]:
         """Texts of the perplexities, in order."""
         return tuple(part.text for part in self.perplexity)
+
+    @model_validator(mode="after")
+    def _gate_text(self) -> ProtocolConfig:
+        if self.gate.text not in self.texts:
+            raise ValueError(f"gate: text {self.gate.text!r} is none of the perplexities: {', '.join(self.texts)}")
+        return self
+
+    @property
+    def gate_own(self) -> PerplexityProtocol:
+        """The suite's own perplexity protocol on the text of its gate."""
+        return next(part for part in self.perplexity if part.text == self.gate.text)
+
+    def gate_digest(self) -> str:
+        """SHA-256 of what decides the records of the gate: its grid, the own point in it, and the tasks."""
+        return digest([self.gate.gate_digest(self.gate_own), self.tasks.digest()])
 
 
 class Sweep(Strict):
@@ -341,7 +359,11 @@ def load_protocol(name: str, layout: Layout | None = None) -> ProtocolConfig:
 
 def load_suite(name: str, layout: Layout | None = None) -> SuiteConfig:
     """`workflow/config/suites/<name>.yaml`, with the names of models, methods and protocol in it checked."""
-    layout = layout or default_layout()
+    return _checked_suite(name, layout or default_layout())
+
+
+@cache  # asked for by every job of a plan
+def _checked_suite(name: str, layout: Layout) -> SuiteConfig:
     suite = _load(SuiteConfig, "suites", "suite", name, layout)
     path = layout.config_file("suites", name)
     used_models = {name for models in suite.targets.values() for name in models} - set(suite.absent_models)

@@ -1,9 +1,9 @@
 """The one place that sets what decides the last bits of a result: threads, seeds, algorithms, environment.
 
 Sums and factorisations on two threads differ from those on one, TF32 products from full ones, a GPU's atomic adds from
-one call to the next. `read_locally` is called for every verb but `fetch`, `make_deterministic` by every verb that
-computes with torch, `set_environment` by those that build tables, figures and verdicts from records. `settings` reads
-back what is set, for the record.
+one call to the next. `read_locally` is called for every verb but `fetch` and `lock`, `make_deterministic` by every verb
+that computes with torch, `set_environment` by those that build tables, figures and verdicts from records. `settings`
+reads back what is set, for the record.
 
 Hash randomization is left on: no result hangs on the order of a set, which tests/reliability/determinism.py shows by
 runs with different hash seeds.
@@ -20,7 +20,7 @@ from mobie.redaction import drop_secrets
 
 SEED = 0  # of the global generators; the suite's own draws come from generators made of (seed, purpose)
 
-#: nothing but `fetch` may ask the network; libraries read these when they are imported
+#: nothing but `fetch` and `lock` may ask the network; libraries read these when they are imported
 LOCAL = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 #: beside the number of threads
 COMPUTING = {
@@ -34,7 +34,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 def read_locally() -> None:
     """Keep libraries off the network, and their progress bars out of log files; before they are imported.
 
-    Tokens and passwords are taken out of the environment: nothing but `fetch` needs one.
+    Tokens and passwords are taken out of the environment: nothing but `fetch` and `lock` needs one.
     """
     drop_secrets()
     os.environ.update(LOCAL)

@@ -108,6 +108,11 @@ class Layout:
     def sources(self) -> Path:
         return self.config / "sources.csv"
 
+    @property
+    def lock(self) -> Path:
+        """Revisions and hashes of the hub's repositories; not there where nothing is locked."""
+        return self.config / "lock.json"
+
     def config_file(self, folder: str, name: str) -> Path:
         return self.config / folder / f"{name}.yaml"
 

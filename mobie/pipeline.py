@@ -3,8 +3,11 @@
 Two streams of hidden states pass through the blocks. The *quantized* stream has gone through the blocks as they are
 stored; its inputs give the Hessians. The *full-precision* stream exists only for methods that use loss gradients: its
 tokens are those for which the gradients were taken. What it gives may be shared by many jobs (`calibration.shared`),
-and neither stream goes further than the last block that needs it. A finished block is on disk with a fingerprint; a run
-that was killed reads it back instead of computing it, and ends with the same bytes.
+and neither stream goes further than the last block that needs it.
+
+One block has its values in memory at a time; what passes between blocks is kept within a budget, else in files. A
+finished block is on disk with a fingerprint; a run that was killed reads it back instead of computing it, and ends with
+the same bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,22 +24,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mobie.calibration.capture import (
-    BlockStatistics,
-    CalibrationPolicy,
-    Guided,
-    GuidedHessians,
-    blend_with_pool,
-)
-from mobie.calibration.gradients import token_weights
-from mobie.calibration.shared import GradientCache, GradientFolder
-from mobie.calibration.stream import Stream, check_attention, enter_first_block
+from mobie.block import quantize_block
+from mobie.calibration.backward import GradientPass
+from mobie.calibration.guided import Guided, GuidedHessians
+from mobie.calibration.lazy import Cache
+from mobie.calibration.shared import GradientCache, GradientFolder, basis_digests
+from mobie.calibration.statistics import BlockStatistics, CalibrationPolicy
+from mobie.calibration.store import ActivationStore, Memory
+from mobie.calibration.stream import Stream, enter_first_block
 from mobie.errors import DataError
-from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
+from mobie.methods.base import Method
 from mobie.models.base import Adapter
-from mobie.models.load import kept_dtype, load_full_precision, model_type
-from mobie.packing.bank import split_gate_up
-from mobie.packing.base import BitLedger, Packed
+from mobie.models.load import kept_dtype, model_type
+from mobie.models.weights import StreamedModel
+from mobie.packing.base import BitLedger
 from mobie.packing.checkpoint import (
     KEPT,
     BlockNames,
@@ -51,12 +52,13 @@ from mobie.packing.checkpoint import (
 )
 from mobie.packing.folder import finish_folder, refuse_quantized
 from mobie.packing.summary import bits_by_component, scale_summary
+from mobie.resources import Resources
 from mobie.storage import make_folder, remove_abandoned
 
 BATCH_SEQUENCES = 8
+BATCH_TOKENS = 8192  # at most, where a sequence is not longer itself
 DEFAULT_POLICY = CalibrationPolicy()
-#: what a method that needs no statistics is given
-NO_STATISTICS = LinearStats(torch.zeros(0, 0), 0, torch.zeros(0), torch.zeros(0, 0))
+DEFAULT_RESOURCES = Resources()
 
 
 @dataclass(frozen=True)
@@ -84,107 +86,51 @@ class QuantizeReport:
     gradients_shared: bool | None = None
 
 
-def _add_guided(linears: dict[str, LinearStats], guided: Guided) -> dict[str, LinearStats]:
-    by_name = guided.linears
-    return {name: replace(s, guided=by_name[name]) if name in by_name else s for name, s in linears.items()}
-
-
-def _add_guided_bank(stats: BankStats, guided: Guided) -> BankStats:
-    return BankStats(
-        {
-            name: [replace(s, guided=g) for s, g in zip(experts, guided.experts[name], strict=True)]
-            for name, experts in stats.experts.items()
-        },
-        {name: replace(s, guided=guided.pooled[name]) for name, s in stats.pooled.items()},
-    )
-
-
-def _relative_error(weight: Tensor, dequantized: Tensor, stats: LinearStats) -> float | None:
-    """‖X(W - Ŵ)ᵀ‖_F / ‖XWᵀ‖_F of `(out, in)` weights from the Hessian of X.
-
-    Without statistics it is 0 where nothing changed, and else not known.
-    """
-    if stats is NO_STATISTICS:
-        return 0.0 if torch.equal(weight, dequantized) else None
-    hessian = stats.hessian
-    difference = weight - dequantized
-    error = ((difference @ hessian) * difference).sum()
-    power = ((weight @ hessian) * weight).sum()
-    return float((error.clamp(min=0) / power.clamp(min=torch.finfo(torch.float32).tiny)).sqrt())
-
-
-def _quantize_block(
-    block: nn.Module,
-    adapter: Adapter,
-    method: Method,
-    statistics: BlockStatistics | None,
-    guided: Guided | None,
-) -> tuple[PackedBlock, dict[str, Any]]:
-    linear_stats = defaultdict(lambda: NO_STATISTICS) if statistics is None else statistics.linear_stats()
-    if guided is not None:
-        linear_stats = _add_guided(linear_stats, guided)
-    linears: dict[str, Packed] = {}
-    errors: dict[str, float | None] = {}
-    for group in adapter.linear_groups(block):
-        weights = {name: module.weight.detach().float() for name, module in group.items()}
-        roles = {name.rpartition(".")[2]: name for name in group}  # methods know Linears by the field's names, `q_proj`
-        by_role = method.quantize_group(
-            {role: weights[name] for role, name in roles.items()},
-            {role: linear_stats[name] for role, name in roles.items()},
-        )
-        packed = {name: by_role[role] for role, name in roles.items()}
-        linears |= packed
-        errors |= {n: _relative_error(w, packed[n].dequantize(), linear_stats[n]) for n, w in weights.items()}
-
-    details: dict[str, Any] = {"output_error": errors}
-    bank = adapter.expert_bank(block)
-    if bank is None:
-        return PackedBlock(linears, {}), details
-    if method.quantizes_router:
-        name = adapter.architecture.router
-        linears[name] = method.quantize_router(adapter.moe_router(block).weight.detach().float(), linear_stats[name])
-    if statistics is None:
-        bank_stats = _no_bank_statistics(bank)
-    else:
-        gathered = statistics.bank_stats()
-        bank_stats, borrowed = blend_with_pool(gathered if guided is None else _add_guided_bank(gathered, guided))
-        details["tokens_per_expert"] = [s.tokens for s in bank_stats.experts["gate"]]
-        details["borrowed_statistics"] = borrowed
-    experts = method.quantize_experts(bank, bank_stats)
-    dense = split_gate_up({name: packed.dequantize() for name, packed in experts.items()})
-    for name, weight in bank.projections.items():
-        per_expert = zip(weight, dense[name], bank_stats.experts[name], strict=True)
-        known = [error for w, d, s in per_expert if (error := _relative_error(w, d, s)) is not None]
-        errors[f"experts.{name}"] = sum(known) / len(weight) if len(known) == len(weight) else None
-    if guided is not None:
-        details["pairs_without_gradient"] = guided.unmatched
-    return PackedBlock(linears, experts), details
-
-
-def _no_bank_statistics(bank: ExpertBank) -> BankStats:
-    experts = {name: [NO_STATISTICS] * len(weight) for name, weight in bank.projections.items()}
-    return BankStats(experts, dict.fromkeys(bank.projections, NO_STATISTICS))
-
-
 def _part_ledgers(block: PackedBlock, router: nn.Module | None) -> dict[str, BitLedger]:
     active_share = router.top_k / len(router.weight) if router is not None else 1.0
     return {name: part.ledger(active_share) for name, part in block.parts().items()}
 
 
-def _save_kept(
-    model: nn.Module, adapter: Adapter, method: Method, dtype: torch.dtype, folder: Path, fingerprint: str
-) -> int:
-    """Write what stays in 16 bits; returns its bytes."""
-    packed = {
-        adapter.block_prefix(i) + name
-        for i, block in enumerate(adapter.blocks(model))
-        for name in adapter.quantized_parameters(block, router=method.quantizes_router)
-    }
-    skipped = packed | set(model.all_tied_weights_keys)  # a tied parameter is stored once, under its first name
-    kept = {n: p.detach().to(dtype) for n, p in model.state_dict().items() if n not in skipped}
-    save_tensors(folder / KEPT, kept, {"fingerprint": fingerprint})
-    model.load_state_dict(kept, strict=False)  # go on with what is stored
-    return sum(t.numel() * t.element_size() for t in kept.values())
+@dataclass(frozen=True)
+class _Survey:
+    """What one reading of the whole model gives before anything is computed.
+
+    kept:  what stays in 16 bits.
+    bases: of every block, what tells apart the matrices that gradients are read through; empty where nothing asks.
+    """
+
+    kept: dict[str, Tensor]
+    bases: list[dict[str, str]]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.kept.values())
+
+
+def _survey(streamed: StreamedModel, method: Method, dtype: torch.dtype, *, bases: bool, progress: bool) -> _Survey:
+    """Read every block once. Raises `DataError` for values that are not finite."""
+    with streamed.outside() as model:
+        tied = set(model.all_tied_weights_keys)  # stored once, under the first name
+        kept = {n: v.to("cpu", dtype) for n, v in streamed.state_outside().items() if n not in tied}
+    digests = []
+    for index in tqdm(range(len(streamed.blocks)), "reading the model", disable=not progress):
+        with streamed.block(index) as block:
+            packed = streamed.adapter.quantized_parameters(block, router=method.quantizes_router)
+            prefix = streamed.adapter.block_prefix(index)
+            state = block.state_dict().items()
+            kept |= {prefix + name: value.to("cpu", dtype) for name, value in state if name not in packed}
+            if bases:
+                digests.append(basis_digests(streamed.adapter.expert_bank(block), method))
+    order = list(streamed.model.state_dict())
+    return _Survey({name: kept[name] for name in order if name in kept}, digests)
+
+
+def _put_kept(module: nn.Module, prefix: str, kept: dict[str, Tensor]) -> None:
+    """Go on with what is stored in 16 bits, in a module whose parameters' names begin with `prefix` in the model."""
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            if prefix + name in kept and not value.is_meta:
+                value.copy_(kept[prefix + name])
 
 
 def _check_calibration(calibration: Tensor, model: nn.Module) -> None:
@@ -203,6 +149,12 @@ def _check_calibration(calibration: Tensor, model: nn.Module) -> None:
         )
 
 
+def batches_of(calibration: Tensor) -> list[Tensor]:
+    """The calibration tokens `(sequences, length)` as batches that are run at a time."""
+    sequences = max(1, min(BATCH_SEQUENCES, BATCH_TOKENS // calibration.shape[1]))
+    return list(calibration.split(sequences))
+
+
 def quantize(
     model_folder: Path,
     method: Method,
@@ -212,6 +164,7 @@ def quantize(
     fingerprint: str,
     policy: CalibrationPolicy = DEFAULT_POLICY,
     gradient_cache: GradientCache | None = None,
+    resources: Resources = DEFAULT_RESOURCES,
     progress: bool = False,
 ) -> QuantizeReport:
     """Quantize a model folder block by block into a checkpoint folder.
@@ -224,6 +177,7 @@ def quantize(
         fingerprint: digest of everything that decides the result (method, options, code, model, calibration, policy).
         policy: what the statistics are taken from.
         gradient_cache: where loss gradients are read from or left for other jobs; None keeps them to this job.
+        resources: devices and memory; on the same kind of device they change no byte of the result.
         progress: show progress bars.
 
     Raises:
@@ -231,32 +185,33 @@ def quantize(
         UnsupportedError: an architecture that no adapter describes.
         StorageError: the checkpoint cannot be written.
     """
-    adapter = Adapter(model_type(model_folder))
+    Adapter(model_type(model_folder))  # refuses what no adapter describes
     refuse_quantized(model_folder)
-    model = load_full_precision(model_folder)
-    check_attention(model)
-    _check_calibration(calibration, model)
+    streamed = StreamedModel(model_folder, resources.torch_devices()[0])
+    _check_calibration(calibration, streamed.model)
+    shared = gradient_cache is not None and method.needs_gradients
+    survey = _survey(streamed, method, kept_dtype(model_folder), bases=shared, progress=progress)
     remove_abandoned(make_folder(out))  # of files that a killed job had begun or just finished
-    loop = _Loop(model, adapter, method, policy, out, fingerprint)
-    batches = list(calibration.split(BATCH_SEQUENCES))
+    loop = _Loop(streamed, method, policy, out, fingerprint, survey, resources)
+    batches = batches_of(calibration)
     if method.needs_gradients:
         loop.take_gradients(batches, gradient_cache, progress)
     with torch.no_grad():
-        kept_bytes = _save_kept(model, adapter, method, kept_dtype(model_folder), out, fingerprint)
+        save_tensors(out / KEPT, survey.kept, {"fingerprint": fingerprint})
         loop.enter(batches)
-        blocks = adapter.blocks(model)
-        reports = [loop.step(i, block) for i, block in enumerate(tqdm(blocks, "blocks", disable=not progress))]
-    finish_folder(model_folder, out, model, method, fingerprint=fingerprint, blocks=len(blocks))
+        count = len(streamed.blocks)
+        reports = [loop.step(index) for index in tqdm(range(count), "blocks", disable=not progress)]
+    finish_folder(model_folder, out, streamed.model, method, fingerprint=fingerprint, blocks=count)
     shutil.rmtree(loop.work, ignore_errors=True)
-    file_bytes = sum(file.stat().st_size for file in weight_files(out, len(blocks)))
+    file_bytes = sum(file.stat().st_size for file in weight_files(out, count))
     by_block = {f"block{index}": BitLedger.merge(ledgers) for index, ledgers in enumerate(loop.ledgers)}
     return QuantizeReport(
         BitLedger.merge(by_block),
-        kept_bytes,
+        survey.bytes,
         file_bytes,
         loop.gradient_cpu_seconds,
         reports,
-        bits_by_component(loop.ledgers, adapter.architecture.router),
+        bits_by_component(loop.ledgers, streamed.adapter.architecture.router),
         loop.gradients_shared,
     )
 
@@ -265,15 +220,30 @@ class _Loop:
     """A job under way: the two streams, at the entry of the next block, and the ledgers of the blocks behind."""
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, method: Method, policy: CalibrationPolicy, out: Path, fingerprint: str
+        self,
+        streamed: StreamedModel,
+        method: Method,
+        policy: CalibrationPolicy,
+        out: Path,
+        fingerprint: str,
+        survey: _Survey,
+        resources: Resources,
     ) -> None:
-        self.model, self.adapter, self.method, self.policy, self.out = model, adapter, method, policy, out
+        self.streamed, self.adapter, self.method, self.policy, self.out = (
+            streamed,
+            streamed.adapter,
+            method,
+            policy,
+            out,
+        )
         self.work = out / "work"
         self.ledgers: list[dict[str, BitLedger]] = []
         self.gradient_cpu_seconds: float | None = None
         self.gradients_shared: bool | None = None
-        self._fingerprint = fingerprint
-        self._finished = [self._is_finished(index) for index in range(len(adapter.blocks(model)))]
+        self._fingerprint, self._survey, self._resources = fingerprint, survey, resources
+        self._memory = Memory(resources.memory)
+        self._store = ActivationStore(self.work / "streams", fingerprint, self._memory)
+        self._finished = [self._is_finished(index) for index in range(len(streamed.blocks))]
         # the last block whose inputs are looked at: the streams end there
         self._last = max((i for i, done in enumerate(self._finished) if not done), default=-1)
         if not method.needs_statistics:
@@ -281,14 +251,14 @@ class _Loop:
         self._gradients: GradientFolder | None = None
         self._shares = False
         self._guided: list[Guided] | None = None  # of all blocks, where another job left them
-        self._stream = Stream([], [])
+        self._stream: Stream | None = None
         self._full_stream: Stream | None = None
 
-    def take_gradients(self, batches: list[Tensor], cache: GradientCache | None, progress: bool) -> None:
+    def take_gradients(self, batches: Sequence[Tensor], cache: GradientCache | None, progress: bool) -> None:
         """Find or compute the token weights of every block, unless every block is finished."""
         folder, key = self.work, self._fingerprint
         if cache is not None:
-            key = cache.key(self.model, self.adapter, self.method, BATCH_SEQUENCES)
+            key = cache.key(self.method, len(batches[0]), self._survey.bases)
             folder = cache.folder / key
         self._shares = cache is not None
         self._gradients = GradientFolder(folder, key, len(self._finished))
@@ -297,35 +267,54 @@ class _Loop:
             self._guided = self._gradients.guided()
         present = self._guided is not None or (cost is not None and self._gradients.has_weights())
         if not present and not all(self._finished):
-            began = time.process_time()
-            total = sum(b.numel() for b in batches)
-            with tqdm(total=total, desc="loss gradients", unit="tok", disable=not progress) as bar:
-                weights = token_weights(self.model, self.adapter, self.method, batches, bar.update)
-            cost = time.process_time() - began
-            self._gradients.save_weights(weights, cost)
+            cost = self._compute_gradients(batches, key, self._gradients, progress)
         self.gradient_cpu_seconds, self.gradients_shared = cost or 0.0, present
 
-    def enter(self, batches: list[Tensor]) -> None:
+    def _compute_gradients(
+        self, batches: Sequence[Tensor], key: str, gradients: GradientFolder, progress: bool
+    ) -> float:
+        tokens, blocks = sum(batch.numel() for batch in batches), len(self._finished)
+        size = 4 * tokens * self.streamed.model.config.hidden_size * (blocks + 2)
+        store = ActivationStore(self.work / "gradients", key, self._memory, keep=size > self._memory.left)
+        with tqdm(total=2 * blocks * tokens, desc="loss gradients", unit="tok", disable=not progress) as bar:
+            return GradientPass(self.streamed, self.method, batches, store, gradients, bar.update).run()
+
+    def enter(self, batches: Sequence[Tensor]) -> None:
         """Put the streams before the first block."""
         if self._last < 0:
             return
-        self._stream = enter_first_block(self.model, self.adapter, batches)
+        self._stream = Stream("quantized", batches, self._store, self.streamed.device)
+        streams = [self._stream]
         if self._gradients is not None and self._guided is None:
-            self._full_stream = self._stream
+            self._full_stream = Stream("full", batches, self._store, self.streamed.device)
+            streams.append(self._full_stream)
 
-    def step(self, index: int, block: nn.Module) -> dict[str, Any]:
+        def take(batch: int, hidden: Tensor) -> None:
+            for stream in streams:
+                stream.put(batch, hidden)
+
+        with self.streamed.outside() as model:
+            _put_kept(model, "", self._survey.kept)
+            arguments = enter_first_block(self.streamed, batches, take)
+        for stream in streams:
+            stream.arguments = arguments
+
+    def step(self, index: int) -> dict[str, Any]:
         """Quantize a block or read it back, run what is stored, and report."""
-        began = time.process_time()
-        credit, behind = 0.0, self._stream
-        if not self._finished[index]:
-            credit, behind = self._quantize(index, block)
-        elif index < self._last:
-            behind = self._pass_by(block)
+        began, credit = time.process_time(), 0.0
+        if not self._finished[index] or index < self._last:
+            with self.streamed.block(index) as block:
+                _put_kept(block, self.adapter.block_prefix(index), self._survey.kept)
+                if self._finished[index]:
+                    self._pass_by(block)
+                else:
+                    credit = self._quantize(index, block)
+                if index < self._last and self.policy.inputs == "quantized_prefix":
+                    assert self._stream is not None  # `enter` has made it
+                    write_block(self.adapter, block, load_block(block_path(self.out, index)).block)
+                    self._stream.through(block)
         stored = load_block(block_path(self.out, index))
-        write_block(self.adapter, block, stored.block)
-        if index < self._last:
-            self._stream = behind if self.policy.inputs == "full_precision" else self._stream.through(block)
-        self.ledgers.append(_part_ledgers(stored.block, self.adapter.router(block)))
+        self.ledgers.append(_part_ledgers(stored.block, self.adapter.router(self.streamed.blocks[index])))
         seconds = None if self._finished[index] else time.process_time() - began + credit
         scales = scale_summary(stored.block.parts())
         return {"block": index, "cpu_seconds": seconds, **stored.details, "scales": scales}
@@ -340,35 +329,40 @@ class _Loop:
         load_block(path, verify=True)  # refuses a damaged file before anything is computed
         return True
 
-    def _pass_by(self, block: nn.Module) -> Stream:
+    def _pass_by(self, block: nn.Module) -> None:
         """A finished block: move the full-precision stream on, and the other one where it has full-precision inputs."""
         if self._full_stream is not None:
-            self._full_stream = self._full_stream.through(block)
-        return self._stream.through(block) if self.policy.inputs == "full_precision" else self._stream
+            self._full_stream.through(block)
+        if self.policy.inputs == "full_precision" and self._stream is not None:
+            self._stream.through(block)
 
-    def _quantize(self, index: int, block: nn.Module) -> tuple[float, Stream]:
-        """Gather statistics, quantize, write the shard.
-
-        Returns the CPU seconds that another job spent on this block, and the stream behind the block as it was.
-        """
-        guided, credit, statistics, behind = None, 0.0, None, self._stream
+    def _quantize(self, index: int, block: nn.Module) -> float:
+        """Gather statistics, quantize, write the shard; returns the CPU seconds another job spent on this block."""
+        groups, experts = self.adapter.linear_groups(block), self.adapter.experts_module(block)
+        guided, observer, credit, statistics = None, None, 0.0, None
         if self._guided is not None:
             guided = self._guided[index]
             credit = guided.cpu_seconds
         elif self._gradients is not None:
-            guided = self._guided_of(index, block)
+            guided, observer = self._guided_of(index, block)
         if self.method.needs_statistics:
-            groups, experts = self.adapter.linear_groups(block), self.adapter.experts_module(block)
+            assert self._stream is not None  # `enter` has made it
             if self.method.quantizes_router and experts is not None:
                 groups.append({self.adapter.architecture.router: self.adapter.router(block)})
-            statistics = BlockStatistics(self._stream.shape(groups, experts), self.policy.experts == "all_experts")
-            behind = self._stream.observe(block, experts, self.model.config, statistics)
-        packed, details = _quantize_block(block, self.adapter, self.method, statistics, guided)
+            everyone = self.policy.experts == "all_experts"
+            shape = self._stream.shape(groups, experts)
+            statistics = BlockStatistics(shape, self._store, Cache(self._memory), everyone=everyone)
+            moves = self.policy.inputs == "full_precision" and index < self._last
+            self._stream.observe(block, statistics, move=moves)
+        packed, details = quantize_block(block, self.adapter, self.method, statistics, guided, self._resources)
+        for kept in (observer, statistics):
+            if kept is not None:
+                kept.drop()
         names = BlockNames.of(self.adapter, index)
         save_block(block_path(self.out, index), packed, self._shard_fingerprint(index), details, names)
-        return credit, behind
+        return credit
 
-    def _guided_of(self, index: int, block: nn.Module) -> Guided:
+    def _guided_of(self, index: int, block: nn.Module) -> tuple[Guided, GuidedHessians]:
         """Guided Hessians of a block from its token weights; the full-precision stream moves on."""
         began = time.process_time()
         groups, experts = self.adapter.linear_groups(block), self.adapter.experts_module(block)
@@ -376,9 +370,11 @@ class _Loop:
         weights = self._gradients.weights(index)
         if weights is None:
             raise DataError(f"block {index}: its token weights are gone; run the same command again to make them")
-        observer = GuidedHessians(self._full_stream.shape(groups, experts), weights)
-        self._full_stream = self._full_stream.observe(block, experts, self.model.config, observer)
-        guided = replace(observer.result(), cpu_seconds=time.process_time() - began)
-        if self._shares:
+        shape = self._full_stream.shape(groups, experts)
+        observer = GuidedHessians(shape, weights, self._store, Cache(self._memory))
+        self._full_stream.observe(block, observer, move=index < self._last)
+        guided = observer.result()
+        if self._shares and self._gradients.keeps_guided(observer.nbytes):
+            guided = replace(guided.whole(), cpu_seconds=time.process_time() - began)
             self._gradients.save_guided(index, guided)
-        return guided
+        return guided, observer

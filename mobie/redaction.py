@@ -1,4 +1,4 @@
-"""Tokens and passwords: gone from the environment of every verb but `fetch`, and never in a message or a record."""
+"""Tokens and passwords: out of the environment of all verbs but `fetch` and `lock`, never in a message or a record."""
 
 from __future__ import annotations
 

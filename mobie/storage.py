@@ -29,10 +29,10 @@ REMEDIES = {
 }
 
 
-def _number(error: OSError) -> int | None:
+def error_number(error: Exception) -> int | None:
     """The system's error number; libraries that wrap the error leave it in their text, `(os error 28)`."""
     found = re.search(r"os error (\d+)", str(error))
-    return error.errno if found is None else int(found[1])
+    return getattr(error, "errno", None) if found is None else int(found[1])
 
 
 def no_memory(error: Exception) -> bool:
@@ -41,12 +41,11 @@ def no_memory(error: Exception) -> bool:
     return number == errno.ENOMEM or f"os error {errno.ENOMEM})" in str(error)
 
 
-def storage_error(path: Path, error: OSError) -> StorageError:
-    """The user's version of an `OSError` met while writing `path`."""
-    remedy = REMEDIES.get(_number(error) or 0, "check the disk and the folder, then run the same command again")
-    return StorageError(
-        f"{path}: could not be written ({error.strerror or error}); finished files are as they were; {remedy}"
-    )
+def storage_error(path: Path, error: Exception) -> StorageError:
+    """The user's version of an error of the system met while writing `path`."""
+    remedy = REMEDIES.get(error_number(error) or 0, "check the disk and the folder, then run the same command again")
+    reason = getattr(error, "strerror", None) or error
+    return StorageError(f"{path}: could not be written ({reason}); finished files are as they were; {remedy}")
 
 
 @contextmanager

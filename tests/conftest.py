@@ -17,7 +17,7 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: without a GPU kernels run in Python
 
 from mobie.errors import DataError  # noqa: E402
-from mobie.jobs.data import fetch_source  # noqa: E402
+from mobie.jobs.fetch import fetch_source  # noqa: E402
 from mobie.paths import PACKAGE, Layout  # noqa: E402
 
 ROOT = PACKAGE.parent

@@ -524,7 +524,7 @@ def _result_cases(layout: Layout) -> Iterator[Case]:
     from mobie.tables.table import LONG_COLUMNS
 
     place = "results/smoke/nano-olmoe/mobie/s0/tasks.json"
-    line = f"smoke,table2,m,,Row,mobie,piqa,50.0000,28.8675,4,50.0000,true,,,,,ok,,{place}"
+    line = f"smoke,table2,m,,Row,mobie,piqa,50.0000,28.8675,4,50.0000,true,,,,,,ok,,{place}"
     long = f"{','.join(LONG_COLUMNS)}\n{line}\n".encode()
 
     values = {m["name"]: m for m in RECORD["measurements"]}

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CONFIGS, EXPERTS, HIDDEN, TOP_K, WIDTH, make_model
+from tiny import CONFIGS, EXPERTS, HIDDEN, TOP_K, WIDTH, experts_by_hand, inner_by_hand, make_model
 
 from mobie.errors import DataError, UnsupportedError
 from mobie.models.base import ARCHITECTURES, Adapter, require_finite
 from mobie.packing.bank import GATE_UP
 
 MODEL_TYPES = sorted(ARCHITECTURES)
+#: matrices that stay in 16 bits: routers, the gate of a shared expert, biases of experts, what steers linear attention
+KEPT = {
+    "mlp.gate.weight",
+    "mlp.router.weight",
+    "mlp.shared_expert_gate.weight",
+    "mlp.experts.gate_up_proj_bias",
+    "mlp.experts.down_proj_bias",
+    "linear_attn.in_proj_ba.weight",
+    "linear_attn.conv1d.weight",
+}
 
 
 def test_every_architecture_has_a_tiny_model() -> None:
@@ -28,7 +38,7 @@ def test_read_write_read_is_bit_identical(model_type: str) -> None:
         before = {n: p.clone() for n, p in target_block.named_parameters()}
         adapter.write_experts(target_block, bank.projections)
         for name, parameter in target_block.named_parameters():
-            written = ".experts." in name
+            written = name.endswith(("experts.gate_up_proj", "experts.down_proj"))  # not the biases
             assert torch.equal(parameter, source_block.get_parameter(name) if written else before[name]), name
         again = adapter.expert_bank(target_block)
         assert all(torch.equal(again.projections[n], w) for n, w in bank.projections.items())
@@ -59,9 +69,10 @@ def test_gate_up_and_down_compute_the_librarys_expert(model_type: str) -> None:
     x = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         got = adapter.experts_module(block)(x, torch.full((7, 1), 4), torch.ones(7, 1)).double()
-    gate, up, down = (bank.projections[n][4].double() for n in ("gate", "up", "down"))
-    z = x.double() @ gate.T
-    expected = (z * torch.sigmoid(z) * (x.double() @ up.T)) @ down.T
+    own = experts_by_hand(adapter.experts_module(block))  # for its biases, which the bank leaves where they are
+    gate, up = (x.double() @ bank.projections[n][4].double().T + own[f"{n}_bias"][4] for n in ("gate", "up"))
+    inner = inner_by_hand(adapter.experts_module(block), gate, up)
+    expected = inner @ bank.projections["down"][4].double().T + own["down_bias"][4]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -71,9 +82,9 @@ def test_all_weight_matrices_of_a_block_are_quantized_or_known_to_be_kept(model_
     adapter = Adapter(model_type)
     for block in adapter.blocks(model):
         matrices = {n for n, p in block.named_parameters() if p.ndim > 1}
-        kept = {n for n in matrices if n in ("mlp.gate.weight", "mlp.shared_expert_gate.weight")}
+        kept = {n for n in matrices if n in KEPT}
         assert adapter.quantized_parameters(block, router=False) == matrices - kept
-        router = {"mlp.gate.weight"} & matrices
+        router = {f"{adapter.architecture.router}.weight"} & matrices
         assert adapter.quantized_parameters(block, router=True) == (matrices - kept) | router
 
 
@@ -88,6 +99,33 @@ def test_dense_block_has_no_bank_and_its_mlp_is_linears() -> None:
         ["mlp.down_proj"],
     ]
     assert len(adapter.linear_groups(sparse)) == 2  # the router `mlp.gate` is no dense `gate_proj`
+
+
+def test_blocks_with_linear_and_with_full_attention_have_their_own_linears() -> None:
+    adapter = Adapter("qwen3_next")
+    linear, full = adapter.blocks(make_model("qwen3_next"))
+    shared = [["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"], ["mlp.shared_expert.down_proj"]]
+    assert [sorted(g) for g in adapter.linear_groups(linear)] == [
+        ["linear_attn.in_proj_qkvz"],
+        ["linear_attn.out_proj"],
+        *shared,
+    ]
+    attention = [["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
+    assert [sorted(g) for g in adapter.linear_groups(full)] == [*attention, *shared]
+
+
+def test_experts_with_alternating_rows_are_written_back_as_they_alternate() -> None:
+    """GPT-OSS: `gate_up_proj[e, i, 2r]` is the gate's `(r, i)`, `[e, i, 2r + 1]` the one of up."""
+    model = make_model("gpt_oss")
+    adapter = Adapter("gpt_oss")
+    block = adapter.blocks(model)[0]
+    shape = (EXPERTS, WIDTH, HIDDEN)
+    code = torch.arange(EXPERTS * WIDTH * HIDDEN).float().reshape(shape)
+    down = torch.arange(EXPERTS * WIDTH * HIDDEN).float().reshape(EXPERTS, HIDDEN, WIDTH)
+    adapter.write_experts(block, {"gate": code, "up": -code, "down": down})
+    fused = block.mlp.experts.gate_up_proj
+    assert fused[2, 5, 2 * 7] == code[2, 7, 5] and fused[2, 5, 2 * 7 + 1] == -code[2, 7, 5]
+    assert block.mlp.experts.down_proj[2, 7, 5] == down[2, 5, 7]
 
 
 def test_shared_expert_linears_share_their_input() -> None:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import EXPERTS, TOP_K, WIDTH, SilentObserver, make_model, random_tokens
+from tiny import EXPERTS, TOP_K, SilentObserver, experts_by_hand, inner_by_hand, make_model, random_tokens
 from torch import Tensor, nn
 
-from mobie.calibration.capture import (
-    SAMPLE_ROWS,
-    BlockShape,
-    BlockStatistics,
-    GuidedHessians,
-    TokenWeights,
-    blend_with_pool,
-    observe_experts,
-)
-from mobie.calibration.pooling import pool
+from mobie.calibration.capture import observe_experts
+from mobie.calibration.guided import GuidedHessians, TokenWeights
+from mobie.calibration.lazy import Cache
+from mobie.calibration.observer import BlockShape
+from mobie.calibration.pooling import SAMPLE_ROWS, pool
+from mobie.calibration.statistics import BlockStatistics, blend_with_pool
+from mobie.calibration.store import ActivationStore, Memory
 from mobie.methods.base import BankStats, LinearStats
 from mobie.models.base import ARCHITECTURES, Adapter
 
@@ -81,33 +80,34 @@ def observe_model(
         if router:
             groups.append({"mlp.gate": adapter.router(block)})
         shape = BlockShape(groups, adapter.experts_module(block), len(ids), ids.shape[1], len(batches))
-        observers.append(BlockStatistics(shape, all_experts))
-    run_observed(model, adapter, batches, observers)
+        observers.append(BlockStatistics(shape, *kept(), everyone=all_experts))
+    run_observed(model, batches, observers)
     return observers
 
 
-def run_observed(model: nn.Module, adapter: Adapter, batches: tuple[Tensor, ...], observers: list) -> None:
-    blocks = adapter.blocks(model)
-    experts = {
-        adapter.experts_module(b): o for b, o in zip(blocks, observers, strict=True) if adapter.experts_module(b)
-    }
-    with torch.no_grad(), observe_experts(experts, model.config):
-        from contextlib import ExitStack
+def kept() -> tuple[ActivationStore, Cache]:
+    """Room for an observer: plenty of memory, no files."""
+    memory = Memory(1 << 30)
+    return ActivationStore(Path(), "test", memory), Cache(memory)
 
-        with ExitStack() as stack:
+
+@torch.no_grad()
+def run_observed(model: nn.Module, batches: tuple[Tensor, ...], observers: list) -> None:
+    model.set_experts_implementation("eager")
+    with ExitStack() as stack:
+        for observer in observers:
+            stack.enter_context(observer.watching())
+        for batch in batches:
+            model(batch, use_cache=False)
             for observer in observers:
-                stack.enter_context(observer.watching())
-            for batch in batches:
-                model(batch, use_cache=False)
-                for observer in observers:
-                    observer.next_batch(batch.numel())
+                observer.next_batch(batch.numel())
 
 
 def inner_of(module: nn.Module, x: Tensor, expert: int) -> Tensor:
-    """Input of an expert's down projection in float64, SwiGLU written out."""
-    gate, up = module.gate_up_proj[expert].detach().double().split(WIDTH)
-    z = x @ gate.T
-    return z * torch.sigmoid(z) * (x @ up.T)
+    """Input of an expert's down projection in float64."""
+    own = experts_by_hand(module)
+    gate, up = (x @ own[name][expert].T + own[f"{name}_bias"][expert] for name in ("gate", "up"))
+    return inner_by_hand(module, gate, up)
 
 
 def hessian(x: Tensor) -> Tensor:
@@ -148,19 +148,6 @@ def test_observed_experts_give_the_librarys_eager_output_bit_for_bit(model_type:
         after = model(ids).logits
     assert torch.equal(observed, expected)
     assert torch.equal(after, expected)
-
-
-def test_showing_all_tokens_does_not_change_what_the_layer_computes() -> None:
-    class Everything(SilentObserver):
-        sees_all_tokens = True
-
-    model = make_model("olmoe")
-    model.set_experts_implementation("eager")
-    ids = random_tokens(2, 9)
-    with torch.no_grad():
-        expected = model(ids).logits
-        with observe_experts({b.mlp.experts: Everything() for b in model.model.layers}, model.config):
-            assert torch.equal(model(ids).logits, expected)
 
 
 def test_observation_ends_with_the_context_even_after_an_error() -> None:
@@ -235,9 +222,10 @@ def test_expert_statistics_equal_those_of_a_plain_forward(model_type: str) -> No
         assert_rows_of(pooled.sample, union)
 
 
-def test_all_experts_policy_shows_every_token_to_every_expert() -> None:
-    model = make_model("mixtral")
-    adapter = Adapter("mixtral")
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_all_experts_policy_shows_every_token_to_every_expert(model_type: str) -> None:
+    model = make_model(model_type)
+    adapter = Adapter(model_type)
     ids = random_tokens(SEQUENCES, LENGTH)
     seen = watch_plainly(model, adapter, ids)[0]
     stats = observe_model(model, adapter, ids, all_experts=True)[0].bank_stats()
@@ -353,9 +341,8 @@ def test_guided_hessians_equal_sums_over_tokens(mismatched: int) -> None:
     batches = ids.split(BATCH)
     module = adapter.experts_module(block)
     shape = BlockShape(adapter.linear_groups(block), module, SEQUENCES, LENGTH, len(batches))
-    guided = GuidedHessians(shape, weights)
-    rest = [BlockStatistics(replace(shape, linear_groups=[], experts=b.mlp.experts)) for b in model.model.layers[1:]]
-    run_observed(model, adapter, batches, [guided, *rest])
+    guided = GuidedHessians(shape, weights, *kept())
+    run_observed(model, batches, [guided])
 
     result = guided.result()
     assert result.unmatched == mismatched
@@ -391,9 +378,8 @@ def test_guided_hessian_of_unit_weights_is_the_hessian() -> None:
     )
     batches = ids.split(BATCH)
     shape = BlockShape(adapter.linear_groups(block), adapter.experts_module(block), SEQUENCES, LENGTH, len(batches))
-    guided = GuidedHessians(shape, ones)
-    rest = [BlockStatistics(replace(shape, linear_groups=[], experts=b.mlp.experts)) for b in model.model.layers[1:]]
-    run_observed(model, adapter, batches, [guided, *rest])
+    guided = GuidedHessians(shape, ones, *kept())
+    run_observed(model, batches, [guided])
     statistics = observe_model(model, adapter, ids)[0]
     result = guided.result()
     for name, stats in statistics.linear_stats().items():

@@ -62,16 +62,17 @@ def hole(layout: Layout, method: str) -> None:
 
 
 def test_help_explains_every_verb_with_an_example_and_starts_without_torch(tmp_path: Path) -> None:
-    for library in ("torch", "transformers", "lm_eval", "datasets", "numpy"):
+    for library in ("torch", "transformers", "lm_eval", "datasets", "numpy", "huggingface_hub"):
         (tmp_path / f"{library}.py").write_text("raise ImportError('not for help')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from mobie.cli import main; main()"
     shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    work = "fetch mirror train-nano calibrate windows quantize generate-code score-code speed try chat"
+    work = "fetch lock mirror train-nano calibrate windows quantize gate generate-code score-code speed try chat"
+    before = "plan doctor"
     targets = "table figure claims report audit sensitivity readme methods schema kernels tune"
     results = "check publish rebuild reliability"
     scores = {f"score-{kind}" for kind in stale.SCORERS}
-    assert set(main.commands) == {*work.split(), *targets.split(), *results.split(), *scores}
+    assert set(main.commands) == {*before.split(), *work.split(), *targets.split(), *results.split(), *scores}
     for name, verb in main.commands.items():
         assert f"\n  {name} " in shown.stdout
         assert f"python -m mobie {name}" in verb.help

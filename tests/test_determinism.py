@@ -29,14 +29,14 @@ from mobie.records import VOLATILE_MEASUREMENTS, stable
 
 #: verb → what it must call, so that a new verb has to be put somewhere
 WITH_TORCH = {
-    *("train-nano", "calibrate", "windows", "quantize", "generate-code", "speed", "try"),
+    *("train-nano", "calibrate", "windows", "quantize", "gate", "generate-code", "speed", "try"),
     *(name for name in main.commands if name.startswith("score-") and name != "score-code"),
 }
 FROM_RECORDS = {"table", "figure", "sensitivity", "claims", "report", "readme", "publish", "rebuild"}
 #: they copy, check, count, list or talk, and store no value that a model computed; score-code starts other programs
 NEITHER = {
-    *("fetch", "mirror", "audit", "check", "reliability", "methods", "schema", "kernels", "tune", "chat"),
-    "score-code",
+    *("fetch", "lock", "mirror", "audit", "check", "reliability", "methods", "schema", "kernels", "tune", "chat"),
+    *("score-code", "plan", "doctor"),
 }
 #: calls that set what the one place sets, and files that may have them: seeds of training and of sampling are options
 SETTERS = {"set_num_threads", "use_deterministic_algorithms", "set_float32_matmul_precision"}
@@ -93,18 +93,30 @@ def test_settings_of_a_process_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).stdout == b"None\n"
 
 
-def test_no_verb_but_fetch_may_ask_the_network(repository: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_verb_but_fetch_and_lock_may_ask_the_network(repository: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert CliRunner().invoke(main, ["fetch", "no-such-source"]).exit_code == 2
     assert os.environ["HF_HUB_OFFLINE"] == "0"
-    assert CliRunner().invoke(main, ["methods"]).exit_code == 0
-    assert {name: os.environ.get(name) for name in determinism.LOCAL} == determinism.LOCAL
+    for verb in main.commands:
+        for name in determinism.LOCAL:
+            monkeypatch.delenv(name, raising=False)
+        assert CliRunner().invoke(main, [verb, "--help"]).exit_code == 0
+        found = {name: os.environ.get(name) for name in determinism.LOCAL}
+        assert found == (dict.fromkeys(determinism.LOCAL) if verb in ("fetch", "lock") else determinism.LOCAL), verb
 
 
 def test_a_change_of_the_settings_makes_results_stale() -> None:
-    for hashed in (stale.quantize_code("rtn"), *map(stale.score_code, stale.SCORERS), stale.speed_code()):
+    for hashed in (
+        stale.quantize_code("rtn"),
+        *map(stale.score_code, stale.SCORERS),
+        stale.gate_code(),
+        stale.speed_code(),
+    ):
         assert hashed  # each can be computed
-    for function in (stale.quantize_code, stale.score_code, stale.speed_code, stale.calibrate_code, stale.windows_code):
+    for function in (
+        *(stale.quantize_code, stale.score_code, stale.gate_code, stale.speed_code, stale.calibrate_code),
+        stale.windows_code,
+    ):
         assert "SETTINGS" in inspect.getsource(function), function.__name__
 
 

@@ -20,7 +20,7 @@ from mobie.figures.seal import read_svg, seal_svg
 from mobie.jobs.attempt import is_out_of_memory
 from mobie.paths import Layout
 from mobie.sealed import load_sealed, save_sealed
-from mobie.sources import CHECKSUMS, DATA_SUFFIXES, Source, take_over, verify
+from mobie.sources import CHECKSUMS, Source, verify
 from mobie.storage import atomic_write, unsealed, write_json, write_sealed, write_text
 
 SAMPLE = 20
@@ -157,27 +157,6 @@ def test_a_changed_drawing_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"0.5", b"0.7"))
     with pytest.raises(DataError, match=r"fig6\.svg.*mobie figure fig6"):
         read_svg(path)
-
-
-def test_files_from_the_hub_are_compared_with_its_own_hashes(tmp_path: Path) -> None:
-    import hashlib
-
-    notes = tmp_path / ".cache" / "huggingface" / "download" / "data"
-    notes.mkdir(parents=True)
-    (tmp_path / "data").mkdir()
-    for name, expected in {
-        "small.json": hashlib.sha1(b"blob 2\0{}").hexdigest(),
-        "large.parquet": hashlib.sha256(b"{}").hexdigest(),
-        "odd.json": "no hash at all",
-    }.items():
-        (tmp_path / "data" / name).write_text("{}")
-        (notes / f"{name}.metadata").write_text(f"{'c' * 40}\n{expected}\n1.0\n")
-    (tmp_path / "data" / "large.parquet").write_text("[]")
-    with pytest.raises(DataError, match=r"large\.parquet.*as the hub says"):
-        take_over(tmp_path, DATA_SUFFIXES)
-    assert not (tmp_path / "data" / "large.parquet").exists()  # fetched anew by the next try
-    take_over(tmp_path, DATA_SUFFIXES)
-    assert not (tmp_path / ".cache").exists()
 
 
 def test_a_folder_that_was_fetched_is_kept_as_it_was(tmp_path: Path) -> None:

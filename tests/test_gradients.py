@@ -1,30 +1,52 @@
-"""Squared loss gradients per token against autograd through experts written out by hand, and finite differences."""
+"""Squared loss gradients per token, taken block by block.
+
+Against autograd through the whole model in float32, the same with experts written out by hand in float64, and finite
+differences.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import EXPERTS, HIDDEN, TOP_K, WIDTH, make_model, random_tokens
+from tiny import (
+    EXPERTS,
+    HIDDEN,
+    TOP_K,
+    VOCABULARY,
+    WIDTH,
+    experts_by_hand,
+    inner_by_hand,
+    make_model,
+    random_tokens,
+    save_model,
+)
 from torch import Tensor, nn
 
-from mobie.calibration.capture import TokenWeights
+from mobie.calibration import backward
+from mobie.calibration.backward import GradientPass, LayerGradients
+from mobie.calibration.capture import observe_experts
 from mobie.calibration.gradients import (
     load_checked,
     load_token_weights,
     save_checked,
     save_token_weights,
-    token_weights,
 )
+from mobie.calibration.guided import TokenWeights
 from mobie.calibration.pooling import pool_channels
+from mobie.calibration.shared import GradientFolder
+from mobie.calibration.store import ActivationStore, Memory
 from mobie.errors import DataError, StorageError
 from mobie.methods.base import ExpertBank
 from mobie.models.base import ARCHITECTURES, Adapter
+from mobie.models.weights import StreamedModel
 
 SEQUENCES, LENGTH, BATCH = 3, 7, 2
 
@@ -38,6 +60,59 @@ class Wants:
 
     def gradient_bases(self, bank: ExpertBank) -> dict[str, Tensor | None]:
         return dict.fromkeys(bank.projections) if self._bases is None else self._bases(bank)
+
+
+class InMemory:
+    """Stands for a `StreamedModel`: the values of all blocks are there all the time."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
+        model.set_experts_implementation("eager")
+        self.model, self.adapter, self.blocks = model, adapter, adapter.blocks(model)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        yield self.blocks[index]
+
+    @contextmanager
+    def outside(self) -> Iterator[nn.Module]:
+        yield self.model
+
+
+def token_weights(model: nn.Module, adapter: Adapter, method: Any, batches: list[Tensor]) -> list[TokenWeights]:
+    """Token weights of every block, block by block."""
+    return streamed_weights(InMemory(model, adapter), method, batches)
+
+
+def streamed_weights(streamed: Any, method: Any, batches: list[Tensor]) -> list[TokenWeights]:
+    with TemporaryDirectory() as folder:
+        found = GradientFolder(Path(folder), "job", len(streamed.blocks))
+        store = ActivationStore(Path(folder) / "store", "job", Memory(1 << 30))
+        GradientPass(streamed, method, batches, store, found).run()
+        return [found.weights(index) for index in range(len(streamed.blocks))]
+
+
+def whole_model_weights(model: nn.Module, adapter: Adapter, method: Any, batches: list[Tensor]) -> list[TokenWeights]:
+    """The same from one backward pass through the whole model, as the library runs it."""
+    blocks = adapter.blocks(model)
+    observers = [LayerGradients(block, adapter, method, sum(ids.numel() for ids in batches)) for block in blocks]
+    experts = {adapter.experts_module(b): o for b, o in zip(blocks, observers, strict=True)}
+    experts.pop(None, None)
+    offset = 0
+    with ExitStack() as stack:
+        for observer in observers:
+            stack.enter_context(observer.watching())
+        stack.enter_context(observe_experts(experts, model.config))
+        for ids in batches:
+            for observer in observers:
+                observer.start_batch(offset)
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+            logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            torch.autograd.grad(loss, embedded)
+            offset += ids.numel()
+    return [observer.result() for observer in observers]
 
 
 def independent_gradients(model: nn.Module, adapter: Adapter, ids: Tensor) -> tuple[list[dict], list[dict], list]:
@@ -77,10 +152,11 @@ def independent_gradients(model: nn.Module, adapter: Adapter, ids: Tensor) -> tu
             at: int = len(routing) - 1,
         ) -> Tensor:
             routing[at] = index
-            gate_weight, up_weight = module.gate_up_proj[index].split(WIDTH, dim=2)  # (tokens, k, width, hidden)
-            gate = torch.einsum("tkoi,ti->tko", gate_weight, hidden)
-            up = torch.einsum("tkoi,ti->tko", up_weight, hidden)
-            down = torch.einsum("tkoi,tki->tko", module.down_proj[index], gate * torch.sigmoid(gate) * up)
+            of = experts_by_hand(module)  # weights (tokens, k, out, in) by `index`
+            gate = torch.einsum("tkoi,ti->tko", of["gate"][index], hidden) + of["gate_bias"][index]
+            up = torch.einsum("tkoi,ti->tko", of["up"][index], hidden) + of["up_bias"][index]
+            inner = inner_by_hand(module, gate, up)
+            down = torch.einsum("tkoi,tki->tko", of["down"][index], inner) + of["down_bias"][index]
             for name, value in (("gate", gate), ("up", up), ("down", down)):
                 value.retain_grad()
                 own[name] = value
@@ -117,6 +193,37 @@ def by_expert(values: Tensor, index: Tensor) -> Tensor:
     """`(tokens, k, …)` with the slots sorted by expert, so that two routings' slot orders can be compared."""
     order = index.argsort(dim=1)
     return values.gather(1, order[..., None].expand_as(values))
+
+
+def assert_same(got: TokenWeights, expected: TokenWeights) -> None:
+    """Equal to float32 rounding: of a square, relative to its root."""
+
+    def near(a: Tensor, b: Tensor) -> None:
+        torch.testing.assert_close(a.sqrt(), b.sqrt(), rtol=1e-4, atol=2e-6 * float(b.sqrt().max()))
+
+    assert got.linears.keys() == expected.linears.keys() and got.experts.keys() == expected.experts.keys()
+    for name, weights in expected.linears.items():
+        near(got.linears[name], weights)
+    for name, weights in expected.experts.items():
+        near(got.experts[name], weights)
+    if expected.top_k_index is not None:
+        assert torch.equal(got.top_k_index, expected.top_k_index)
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_streamed_gradients_equal_those_of_a_whole_model_backward(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(model_type)
+    adapter = Adapter(model_type)
+    batches = list(random_tokens(SEQUENCES, LENGTH).split(BATCH))
+    expected = whole_model_weights(model, adapter, Wants(3), batches)
+    streamed = StreamedModel(save_model(model, tmp_path))
+    for got, reference in zip(streamed_weights(streamed, Wants(3), batches), expected, strict=True):
+        assert_same(got, reference)
+    monkeypatch.setattr(backward, "LOGITS_BYTES", 4 * VOCABULARY * 5)  # final norm and head by five tokens
+    for got, reference in zip(streamed_weights(streamed, Wants(3), batches), expected, strict=True):
+        assert_same(got, reference)
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
@@ -199,6 +306,7 @@ def test_last_token_of_a_sequence_predicts_nothing_and_weighs_nothing() -> None:
 
 def test_gradient_pass_leaves_the_model_as_it_was() -> None:
     model = make_model("olmoe")
+    model.set_experts_implementation("eager")
     adapter = Adapter("olmoe")
     before = {n: p.clone() for n, p in model.named_parameters()}
     implementation = model.config._experts_implementation

@@ -32,6 +32,13 @@ from mobie.packing.base import Packed
 from mobie.packing.checkpoint import PackedBlock
 from mobie.provenance import import_closure
 
+#: architectures whose experts the kernels compute: not GPT-OSS, with its biases and clamps
+KERNEL_EXPERTS = [model_type for model_type in CONFIGS if model_type != "gpt_oss"]
+#: architecture → classes of modules that the library goes on computing
+LIBRARY_COMPUTES = {
+    "gpt_oss": {"PackedGptOssExperts", "GptOssTopKRouter", "GptOssRMSNorm"},
+    "qwen3_next": {"Qwen3NextRMSNorm"},  # it multiplies with 1 + weight
+}
 #: what experts' weights can look like
 FORMS: dict[str, dict[str, Any]] = {
     "left": {},
@@ -111,7 +118,7 @@ def test_experts_of_every_form_are_the_librarys(form: str, tokens: int) -> None:
     assert not torch.equal(rounded, found)
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", KERNEL_EXPERTS)
 def test_experts_of_every_architecture_are_the_librarys(model_type: str) -> None:
     packed = random_experts(EXPERTS, HIDDEN, WIDTH)
     module, inputs = library_experts(model_type), routed(9)
@@ -216,13 +223,15 @@ def test_attached_model_is_the_dequantized_model(model_type: str, method: str) -
     assert report.operations == "torch"
     attached = logits_of(model)
     assert_near(attached, before, 2e-5)
-    assert not torch.equal(attached, before)  # other arithmetic, so the kernels were really in use
+    if model_type in KERNEL_EXPERTS:
+        assert not torch.equal(attached, before)  # other arithmetic, so the kernels were really in use
     assert list(model.state_dict()) == names
     packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear | PackedExperts)}
+    left = {name: type(model.get_submodule(name)).__name__ for names in report.fallbacks.values() for name in names}
+    assert set(left.values()) == LIBRARY_COMPUTES.get(model_type, set())
     if method != "mobie-router":  # its attention is in 16 bits
-        assert set(report.kernels) == set(packed)
-    assert any(name.endswith("experts") for name in report.kernels)
-    assert not report.fallbacks
+        assert set(report.kernels) == set(packed) - set(left)
+    assert any(name.endswith("experts") for name in report.kernels) == (model_type in KERNEL_EXPERTS)
     assert report.layout_bytes == sum(m.kernel.layout.nbytes for m in packed.values() if m.kernel is not None)
     assert not any(module._dense for module in packed.values() if module.kernel is not None)
     detach(model)
@@ -261,8 +270,11 @@ def test_attached_model_computes_on_a_gpu(model_type: str, monkeypatch: pytest.M
     before = logits_of(model)
     report = attach(model)
     assert (report.compute, report.operations) == ("kernels", "triton")
-    stored = [m.get_buffer(name) for m in model.modules() if isinstance(m, PackedWeights) for name in m.stored_names()]
+    with_kernel = [model.get_submodule(name) for name in report.kernels]
+    stored = [module.get_buffer(name) for module in with_kernel for name in module.stored_names()]
     assert report.host_bytes == sum(tensor.nbytes for tensor in stored) > 0
+    if model_type in KERNEL_EXPERTS:
+        assert with_kernel == [m for m in model.modules() if isinstance(m, PackedLinear | PackedExperts)]
     assert not any(tensor.is_cuda for tensor in stored)
     found = logits_of(model)
     assert (found.cpu().float() - exact).norm() < 0.03 * exact.norm()
@@ -469,7 +481,7 @@ def test_attached_model_generates_the_same_tokens() -> None:
     assert torch.equal(model.generate(random_tokens(2, 5), **settings), expected)
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", KERNEL_EXPERTS)
 def test_dense_model_in_our_kernels_is_the_librarys(model_type: str) -> None:
     model = make_model(model_type)
     model.config._experts_implementation = "eager"
@@ -492,6 +504,14 @@ def test_dense_experts_of_another_kind_are_refused() -> None:
     assert model.config._experts_implementation == before != "mobie-dense"  # what was done to layer 0 is undone
     with pytest.raises(UnsupportedError, match="OlmoeExperts"):
         attach_dense(make_model("olmoe", hidden_act="gelu"))
+    with pytest.raises(UnsupportedError, match="GptOssExperts has transposed weights"):
+        attach_dense(make_model("gpt_oss"))
+
+
+def test_experts_with_biases_are_left_to_the_library_and_named() -> None:
+    report = attach(packed_model("gpt_oss", "mobie"), compute="kernels")
+    reason = next(reason for reason in report.fallbacks if "experts with biases" in reason)
+    assert report.fallbacks[reason] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
 
 
 def test_backend_follows_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:

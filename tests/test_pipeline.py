@@ -31,15 +31,16 @@ from tiny import (
 from torch import Tensor
 
 from mobie import pipeline
-from mobie.calibration.capture import CalibrationPolicy
+from mobie.calibration.backward import GradientPass
 from mobie.calibration.gradients import save_checked
-from mobie.calibration.shared import GradientCache
+from mobie.calibration.shared import GradientCache, basis_digests
+from mobie.calibration.statistics import CalibrationPolicy
 from mobie.calibration.stream import Stream
 from mobie.config import build_method, method_classes
 from mobie.errors import DataError, StorageError, UnsupportedError
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
 from mobie.models.base import ARCHITECTURES, Adapter
-from mobie.models.load import load_full_precision
+from mobie.models.weights import StreamedModel
 from mobie.packing import checkpoint
 from mobie.packing.bank import GATE_UP, split_gate_up
 from mobie.packing.checkpoint import KEPT, MANIFEST, block_path, load_block, load_model, read_tensors, save_tensors
@@ -102,7 +103,8 @@ class Watched:
     def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> dict[str, Any]:
         if len(self.banks) == self._fail_at:
             raise self._error
-        self.banks.append((bank, stats))
+        computed = {name: list(own) for name, own in stats.experts.items()}  # lazy: gone after the block
+        self.banks.append((bank, BankStats(computed, dict(stats.pooled), stats.tokens)))
         self.experts.append(self._inner.quantize_experts(bank, stats))
         return self.experts[-1]
 
@@ -425,7 +427,7 @@ def test_gradients_are_kept_over_a_kill(
     with pytest.raises(Killed):
         quantize(sources["olmoe"], Watched(method("mobie"), 1, Killed()), TOKENS, tmp_path, fingerprint="job")
 
-    monkeypatch.setattr("mobie.pipeline.token_weights", never)
+    monkeypatch.setattr("mobie.pipeline.GradientPass", never)
     report = quantize(sources["olmoe"], method("mobie"), TOKENS, tmp_path, fingerprint="job")
     assert report.gradient_cpu_seconds > 0  # what they cost the first time
 
@@ -467,7 +469,7 @@ def test_shared_gradients_change_no_byte_and_are_computed_once(
     expected |= {"guided-000.safetensors", "guided-001.safetensors"} if keeps_guided else set()
     assert {path.name for path in folder.iterdir()} == expected
     before = weight_files(folder)
-    monkeypatch.setattr("mobie.pipeline.token_weights", never)
+    monkeypatch.setattr("mobie.pipeline.GradientPass", never)
     if keeps_guided:
         monkeypatch.setattr("mobie.pipeline.GuidedHessians", never)
     second = shared(sources["olmoe"], tmp_path / "second", tmp_path / "cache", name=name)
@@ -490,11 +492,16 @@ def test_a_block_counts_shared_guided_hessians_with_what_they_cost(sources: dict
     assert second.blocks[0]["cpu_seconds"] < 1000 <= second.blocks[1]["cpu_seconds"]
 
 
-def test_gradients_are_shared_by_those_that_need_the_same_and_nobody_else(sources: dict[str, Path]) -> None:
-    model, adapter = load_full_precision(sources["olmoe"]), Adapter("olmoe")
-
-    def key(source: str = "model", batch: int = 8, **options: Any) -> str:
-        return GradientCache(Path(), source).key(model, adapter, build_method("mobie", options), batch)
+def test_gradients_are_shared_by_those_that_need_the_same_and_nobody_else(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    def key(source: str = "model", batch: int = 8, folder: Path = sources["olmoe"], **options: Any) -> str:
+        streamed, wanted = StreamedModel(folder), build_method("mobie", options)
+        bases = []
+        for index in range(len(streamed.blocks)):
+            with streamed.block(index) as block:
+                bases.append(basis_digests(streamed.adapter.expert_bank(block), wanted))
+        return GradientCache(Path(), source).key(wanted, batch, bases)
 
     base = key()
     assert base == key(regularization=0.3, nges=False, salient_share=0.1, iterations=1, basis_bits=16)
@@ -503,9 +510,10 @@ def test_gradients_are_shared_by_those_that_need_the_same_and_nobody_else(source
     others = [key(gradient_groups=2), key(joint_svd="fused_gate_up"), key(router="binarized"), key(rank=3)]
     others += [key("other calibration tokens"), key(batch=4)]
     assert len({base, identity, *others}) == 8
+    model = make_model("olmoe")
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[0, 0, 0] += 1
-    assert key() != base  # another basis
+    assert key(folder=save_model(model, tmp_path)) != base  # another basis
 
 
 @pytest.mark.parametrize(
@@ -540,23 +548,23 @@ def test_damaged_shared_gradients_are_computed_again(
     assert third.gradients_shared
 
 
-@pytest.mark.parametrize("where", ["token_weights", "save_block"])
+@pytest.mark.parametrize(("owner", "where"), [(GradientPass, "run"), (pipeline, "save_block")])
 def test_two_jobs_at_once_do_each_other_no_harm(
-    where: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: Any, where: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A whole second job runs while the first has computed its gradients, or is between two blocks."""
     alone = tmp_path / "alone"
     quantize(sources["olmoe"], method("mobie"), TOKENS, alone, fingerprint="job")
-    original = getattr(pipeline, where)
+    original = getattr(owner, where)
 
     def interrupted(*arguments: Any) -> Any:
         result = original(*arguments)
-        monkeypatch.setattr(pipeline, where, original)
+        monkeypatch.setattr(owner, where, original)
         if not (tmp_path / "second").exists():
             shared(sources["olmoe"], tmp_path / "second", tmp_path / "cache")
         return result
 
-    monkeypatch.setattr(pipeline, where, interrupted)
+    monkeypatch.setattr(owner, where, interrupted)
     shared(sources["olmoe"], tmp_path / "first", tmp_path / "cache")
     assert shards(alone) == shards(tmp_path / "first") == shards(tmp_path / "second")
     assert shared(sources["olmoe"], tmp_path / "third", tmp_path / "cache").gradients_shared
@@ -810,9 +818,3 @@ def test_unknown_architecture_is_unsupported(model_type: str, source: Path, tmp_
     message = refused(source, tmp_path / "out")
     assert message.startswith(f"UnsupportedError: unknown architecture '{model_type}'")
     assert "olmoe" in message
-
-
-def test_blocks_with_different_attention_are_unsupported(tmp_path: Path) -> None:
-    model = make_model("qwen2_moe", use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    message = refused(save_model(model, tmp_path / "source"), tmp_path / "out")
-    assert "UnsupportedError: blocks with different attention (full_attention, sliding_attention)" in message

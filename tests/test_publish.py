@@ -150,6 +150,7 @@ def test_the_manifest_lists_every_file_and_every_hole(suite: Layout, packed: pac
     assert {hole.reason for hole in manifest.holes} == {"not tried here"}
     asked = {path.relative_to(suite.root).as_posix() for path in report_records(SUITE, suite)}
     assert set(manifest.names("record")) == asked
+    assert any(name.endswith("/fp16/s0/gate.json") for name in asked)
     assert manifest.records == {"ok": 1, "failed": len(asked) - 1}
     assert f"workflow/config/suites/{SUITE}.yaml" in manifest.files
     assert "workflow/config/suites/paper.yaml" not in manifest.files

@@ -78,11 +78,14 @@ def test_a_plan_reads_nothing_and_lists_the_same_records(repository: Layout) -> 
 
 
 def test_absent_models_are_holes_and_ask_for_nothing(repository: Layout) -> None:
+    path = repository.config_file("suites", "paper")
+    changed = path.read_text().replace("table4: [gpt-oss-20b,", "table4: [GPT-OSS-20B,")
+    path.write_text(f"{changed}absent_models: {{GPT-OSS-20B: not on this hub}}\n")
     results = Results("paper", repository)
     first, _ = results.models("table4")
     assert (first.label, first.in_paper) == ("GPT-OSS-20B", True)
     cell = results.cell(first, "fp16", "tasks", "piqa.acc")
-    assert (cell.status, cell.reason) == ("absent", "no adapter for its architecture yet")
+    assert (cell.status, cell.reason) == ("absent", "not on this hub")
     assert not results.asked
 
 

@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import EXPERTS, TOP_K, make_model, random_tokens, tokenizer
+from tiny import CONFIGS, EXPERTS, TOP_K, make_model, random_tokens, tokenizer
 
+from mobie.models.base import Adapter
 from mobie.scoring.routing import MAP_TOKENS, RoutingProtocol, record_routing, routing_details, top_k
 
 
@@ -30,6 +31,21 @@ def test_map_and_counts_against_sorting(layers: int, middle: int) -> None:
         for layer in range(layers):
             counts = Counter(expert for token in chosen[layer] for expert in token)
             assert got["tokens_per_expert"][name][layer] == [counts[expert] for expert in range(5)]
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_logits_of_every_architecture_are_those_its_router_decides_by(model_type: str) -> None:
+    model, adapter = make_model(model_type), Adapter(model_type)
+    windows, protocol = random_tokens(3, 20), RoutingProtocol(text="t", window=20, batch_size=3)
+    found = [router for block in adapter.blocks(model) if (router := adapter.router(block)) is not None]
+    used: dict[int, torch.Tensor] = {}
+    for index, router in enumerate(found):
+        router.register_forward_hook(lambda _, __, output, index=index: used.update({index: output[2]}))
+    recording = record_routing(model, windows, protocol)
+    assert recording.shape == (len(found), 3, 20, EXPERTS)
+    for index, logits in enumerate(recording):
+        chosen = logits.flatten(0, -2).topk(top_k(model)).indices
+        assert torch.equal(chosen.sort(1).values, used[index].sort(1).values)
 
 
 def test_the_map_holds_the_experts_that_the_model_uses() -> None:

@@ -26,6 +26,8 @@ from mobie.runner.sampling import choose_greedy, choose_sampled, uniforms
 SEED = 5  # of weights with which greedy decoding does not settle on one token
 PROMPT = 9
 STEPS = 24
+#: architectures that the runner serves at any context: not linear attention, nor windows beside full attention
+SERVED = [model_type for model_type in CONFIGS if model_type not in ("qwen3_next", "gpt_oss")]
 ALL_KINDS = [GREEDY, Sampling(1.0, seed=3), Sampling(0.8, 0.7, seed=3)]
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -60,7 +62,7 @@ def started(model: nn.Module, tokens: Any, *, context: int = PROMPT + STEPS, **o
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", SERVED)
 def test_greedy_tokens_are_those_of_generate(model_type: str, batch: int) -> None:
     model, tokens = cached_model(model_type), random_tokens(batch, PROMPT)
     ours = started(model, tokens).decode(STEPS)
@@ -68,7 +70,7 @@ def test_greedy_tokens_are_those_of_generate(model_type: str, batch: int) -> Non
     assert all(len(row.unique()) >= 4 for row in ours)  # else the comparison would show little
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", SERVED)
 def test_every_step_has_the_logits_of_a_full_forward(model_type: str) -> None:
     model, tokens = cached_model(model_type), random_tokens(3, PROMPT)
     runner = started(model, tokens)
@@ -82,7 +84,7 @@ def test_every_step_has_the_logits_of_a_full_forward(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", SERVED)
 def test_a_chunked_prefill_equals_one(model_type: str, chunk: int) -> None:
     model, tokens = cached_model(model_type), random_tokens(2, PROMPT)
     whole, chunked = started(model, tokens), started(model, tokens, chunk=chunk)
@@ -92,7 +94,7 @@ def test_a_chunked_prefill_equals_one(model_type: str, chunk: int) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("chunk", [None, 3])
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", SERVED)
 def test_unequal_prompts_are_padded_on_the_left(model_type: str, chunk: int | None, attention: str) -> None:
     model = cached_model(model_type)
     if attention != "sdpa":
@@ -110,7 +112,7 @@ def test_unequal_prompts_are_padded_on_the_left(model_type: str, chunk: int | No
     assert torch.equal(together, generated(model, padded, 10, attention_mask=mask))
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", SERVED)
 def test_grouped_attention_is_the_library_s(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     register_attention()
     model = make_model(model_type, SEED)
@@ -176,7 +178,7 @@ def test_decoding_in_pieces_equals_decoding_at_once(sampling: Sampling) -> None:
 
 @pytest.mark.parametrize("sampling", ALL_KINDS, ids=["greedy", "all", "nucleus"])
 @pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", SERVED)
 def test_a_replayed_step_gives_the_same_tokens(model_type: str, experts: str, sampling: Sampling) -> None:
     model = cached_model(model_type)
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (4, PROMPT)]
@@ -572,6 +574,10 @@ def _layered_windows() -> nn.Module:
     return make_model("qwen2_moe", use_sliding_window=True, sliding_window=16, max_window_layers=2)
 
 
+def _linear_attention() -> nn.Module:
+    return make_model("qwen3_next")
+
+
 def _flexible() -> nn.Module:
     model = make_model("olmoe")
     model.config._attn_implementation = "flex_attention"
@@ -586,6 +592,8 @@ def _flexible() -> nn.Module:
         (_on_two_devices, {}, "without values"),
         (_windowed, {}, "context 20 exceeds the attention window of 16"),
         (_layered_windows, {}, "context 20 exceeds the attention window of 16"),
+        (lambda: make_model("gpt_oss"), {}, "context 20 exceeds the attention window of 4"),
+        (_linear_attention, {}, "layers of kind linear_attention: the runner knows attention layers only"),
         (_flexible, {}, "'flex_attention', expected one of sdpa, eager"),
         (lambda: cached_model("olmoe"), {"context": 129}, "context 129 exceeds the model's 128 positions"),
         (lambda: cached_model("olmoe"), {"batch": 0}, "batch 0"),
@@ -597,8 +605,16 @@ def test_models_that_cannot_be_run_are_refused(make: Any, options: dict[str, Any
         DecodeRunner(make(), **({"batch": 1, "context": 20} | options))
 
 
+def test_attention_with_sinks_is_not_computed_without_them() -> None:
+    register_attention()
+    model = make_model("gpt_oss", sliding_window=64)
+    model.set_attn_implementation(GROUPED)
+    with pytest.raises(UnsupportedError, match="attention with sinks as 'mobie-grouped'.*'eager'"):
+        started(model, random_tokens(2, PROMPT))
+
+
 def test_a_window_as_long_as_the_context_is_full_attention() -> None:
-    for model in (_windowed(), _layered_windows()):
+    for model in (_windowed(), _layered_windows(), make_model("gpt_oss", sliding_window=16)):
         tokens = random_tokens(2, 6)
         ours = started(model, tokens, context=16).decode(10)
         assert torch.equal(ours, generated(model, tokens, 10))
@@ -647,7 +663,7 @@ def test_dense_and_packed_experts_use_the_same_runner(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sampling", ALL_KINDS, ids=["greedy", "all", "nucleus"])
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", SERVED)
 def test_a_cuda_graph_gives_the_tokens_of_plain_steps(model_type: str, sampling: Sampling, dtype: torch.dtype) -> None:
     model = make_model(model_type, SEED).to("cuda", dtype)
     model.set_experts_implementation("batched_mm")  # grouped_mm needs rows of 16 bytes, which these experts have not
@@ -663,7 +679,7 @@ def test_a_cuda_graph_gives_the_tokens_of_plain_steps(model_type: str, sampling:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampling", ALL_KINDS, ids=["greedy", "all", "nucleus"])
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", SERVED)
 def test_a_step_never_waits_for_the_device(model_type: str, sampling: Sampling) -> None:
     model = make_model(model_type, SEED).to("cuda")
     model.set_experts_implementation("batched_mm")

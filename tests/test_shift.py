@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIGS, make_model, random_tokens
+from tiny import CONFIGS, experts_by_hand, inner_by_hand, make_model, random_tokens
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from mobie.errors import DataError, UnsupportedError
 from mobie.models.base import Adapter
@@ -100,14 +99,14 @@ def test_models_that_differ_in_routers_only_swap_places_when_all_of_a_decision_i
 
 def by_hand(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of experts, one token and one expert at a time, in float64."""
+    own = experts_by_hand(experts)
     rows = []
     for x, ids, shares in zip(hidden.double(), chosen.tolist(), weights.double(), strict=True):
-        gates, ups = zip(*(experts.gate_up_proj[e].double().chunk(2) for e in ids), strict=True)
-        outputs = [
-            share * (experts.down_proj[e].double() @ (silu(gate @ x) * (up @ x)))
-            for e, gate, up, share in zip(ids, gates, ups, shares, strict=True)
-        ]
-        rows.append(sum(outputs))
+        total = torch.zeros_like(x)
+        for e, share in zip(ids, shares, strict=True):
+            gate, up = (own[name][e] @ x + own[f"{name}_bias"][e] for name in ("gate", "up"))
+            total += share * (own["down"][e] @ inner_by_hand(experts, gate, up) + own["down_bias"][e])
+        rows.append(total)
     return torch.stack(rows)
 
 
@@ -136,13 +135,15 @@ def test_experts_compute_what_was_recorded(name: str, replay: str) -> None:
     replay_decisions(quantized, WINDOWS, settings, decisions)
 
     assert len(seen) == len(decisions)
-    normalises = name == "mixtral" or getattr(model.config, "norm_topk_prob", False)
+    normalises = name in ("mixtral", "gpt_oss") or getattr(model.config, "norm_topk_prob", False)
     for index, pairs in seen.items():
         block = adapter.blocks(quantized)[index]
         hidden, result = (torch.cat([pair[part] for pair in pairs]).flatten(0, -2) for part in (0, 1))
         chosen, weights = (torch.cat([pair[part] for pair in recorded[index]]) for part in (0, 1))
         if replay == "experts":
-            scores = (hidden.double() @ block.mlp.gate.weight.double().T).exp()
+            router = adapter.moe_router(block)
+            bias = router.bias.double() if name == "gpt_oss" else 0
+            scores = (hidden.double() @ router.weight.double().T + bias).exp()
             weights = torch.stack([row[ids] / row.sum() for row, ids in zip(scores, chosen, strict=True)])
             if normalises:
                 weights = weights / weights.sum(1, keepdim=True)

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hub_server import Hub, HubRepository, connect
 
 import mobie.sources
 from mobie.errors import ConfigError, DataError
@@ -133,24 +134,20 @@ def hub_source(**changes: object) -> Source:
 
 
 def test_hub_files_are_checked_as_a_tree_where_a_hash_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def snapshot_download(repo_id: str, *, repo_type: str, revision: str, allow_patterns: list[str], local_dir: Path):
-        asked.append((repo_id, repo_type, revision, allow_patterns))
-        for name, data in {"data/b.txt": "bb", "README.md": "a", ".cache/lock": "own bookkeeping"}.items():
-            (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
-            (local_dir / name).write_text(data)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    lines = f"{hashlib.sha256(b'a').hexdigest()}  README.md\n{hashlib.sha256(b'bb').hexdigest()}  data/b.txt\n"
-    tree = hashlib.sha256(lines.encode()).hexdigest()
-    folder = fetch(hub_source(version="unpinned:branch/x", sha256=tree, bytes=3), tmp_path / "owner" / "set")
+    files = {"data/b.txt": b"bb", "README.md": b"a", "other/c.txt": b"c", "data/deeper/d.txt": b""}
+    lines = "".join(
+        f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n"
+        for name in ("README.md", "data/b.txt", "data/deeper/d.txt")
+    )
+    source = hub_source(sha256=hashlib.sha256(lines.encode()).hexdigest(), bytes=3)
+    with Hub({"datasets/owner/set": HubRepository(files)}) as hub:
+        connect(hub, tmp_path, monkeypatch)
+        folder = fetch(source, tmp_path / "owner" / "set")
     assert (folder / "data" / "b.txt").read_text() == "bb"
-    assert not (folder / ".cache").exists()
-    assert asked == [("owner/set", "dataset", "branch/x", ["README.md", "data/*"])]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "SHA256SUMS", "data"]
     (folder / "data" / "b.txt").write_text("bc")
     with pytest.raises(DataError, match="set unpinned"):
-        verify(hub_source(sha256=tree, bytes=3), folder)
+        verify(source, folder)
 
 
 def test_an_unreachable_hub_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

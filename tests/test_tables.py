@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import gate_records
 import pytest
 import speed_records
 from hypothesis import given
@@ -107,6 +108,7 @@ def fill(layout: Layout, suite: str, name: str) -> None:
             {"samples": [{"id": f"prompt-{i}", "model": "m", "prompt": p} | sample for i, p in enumerate(prompts, 1)]},
         ),
         "speed": ({"tokens_per_second": 50.0}, speed_records.details("table")),
+        "gate": ({m.name: m.value for m in gate_records.MEASUREMENTS}, gate_records.details()),
     }
     for path in table_records(name, suite, layout):
         model, method, _, file = path.relative_to(layout.root).parts[2:]
@@ -183,7 +185,11 @@ def test_every_hole_has_a_reason_and_every_entry_of_the_paper_a_column(
                 )
         for where, cell in holes(table):
             assert cell.status != "ok" and cell.reason, where
-            statuses = {"empty": ("missing", "absent"), "filled": ("absent",), "failed": ("oom", "absent")}
+            statuses = {
+                "empty": ("missing", "absent"),
+                "filled": ("absent", "unsupported"),
+                "failed": ("oom", "absent"),
+            }
             assert cell.status in statuses[state], where
         markdown = to_markdown(table)
         for _, cell in holes(table):
@@ -487,7 +493,7 @@ def test_table4_by_hand(repository: Layout) -> None:
     ]
     assert re.search(r"\| CEJD only +\| ✓ +\| +\| +\| +60.00 ± 6.00", to_markdown(table))
     asked = {path.name for path in table_records("table4", "smoke", repository)}
-    assert asked == {"tasks.json", "perplexity.json", "quantize.json"}
+    assert asked == {"tasks.json", "perplexity.json", "quantize.json", "gate.json"}
 
 
 def test_table4_of_the_paper_needs_no_record_of_models_that_the_suite_lacks(repository: Layout) -> None:
@@ -600,7 +606,7 @@ def test_sweep_methods_are_spelled_in_full(repository: Layout) -> None:
     assert smoke.method(expected).build().regularization == 0.2
     assert smoke.method(expected).calibration.text == "web-calibration"
     assert sweep_method(paper, 0.9, "ptb") == "mobie+calibration.text=ptb-calibration+regularization=0.9"
-    assert len(table_records("table10", "smoke", repository)) == 27
+    assert len(table_records("table10", "smoke", repository)) == 27 + 1  # and the gate
     assert text_names(smoke) == {"wikitext2": "wiki", "c4": "web", "ptb": "books"}
 
 

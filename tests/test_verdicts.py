@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import gate_records
 import numpy as np
 import pytest
 import scipy.stats
@@ -271,8 +272,28 @@ def put_all(layout: Layout, suite: str) -> None:
             put(layout, suite, model, method, kind, [Measurement("repetition", 0.1 + place / 100, 0.01, 5)], {})
         elif kind == "speed":
             put(layout, suite, model, method, kind, [Measurement("tokens_per_second", 20.0 + place, 0.5, 32)], {})
+        elif kind == "gate":
+            put(layout, suite, model, method, kind, gate_records.MEASUREMENTS, gate_records.details())
         else:
             raise AssertionError(f"no records of kind {kind} in this test")
+
+
+def test_a_verdict_on_a_model_that_is_not_comparable_says_so(repository: Layout) -> None:
+    put_all(repository, "paper")
+    path = repository.record("paper", "olmoe-1b-7b", "fp16", 0, "gate")
+    assert path in verdict_records("paper", repository)
+    assert not any(claim.gate for claim in judged(repository, "paper").claims)
+    details = gate_records.details("no", "wikitext2_ppl: 7.50, printed 6.65")
+    put(repository, "paper", "olmoe-1b-7b", "fp16", "gate", gate_records.MEASUREMENTS, details)
+    verdicts = judged(repository, "paper")
+    said = "OLMoE is not comparable with the paper's numbers: wikitext2_ppl: 7.50, printed 6.65"
+    told = [claim for claim in verdicts.claims if claim.gate]
+    assert told and all(claim.gate == said for claim in told)
+    assert all({"perplexity", "tasks", "shift"} & {Path(r).stem for r in claim.records} for claim in told)
+    assert any(f"Protocol gate: {said}." in claim.reason for claim in told)
+    assert f"- protocol gate: {said}" in to_markdown(verdicts)
+    lines = {line["id"]: line["gate"] for line in csv.DictReader(io.StringIO(to_csv(verdicts)))}
+    assert lines == {claim.id: claim.gate for claim in verdicts.claims}
 
 
 def judged(layout: Layout, suite: str) -> Verdicts:
@@ -380,8 +401,11 @@ def test_a_plan_asks_for_what_is_read(filled: Layout, suite: str) -> None:
 
 
 def test_models_that_a_suite_lacks_are_told(repository: Layout) -> None:
+    path = repository.config_file("suites", "paper")
+    changed = path.read_text().replace("qwen3-next-80b-a3b", "Qwen3-Next-80B-A3B")
+    path.write_text(f"{changed}absent_models: {{Qwen3-Next-80B-A3B: not on this hub}}\n")
     ablation = judged(repository, "paper").claim("ablation-15")
-    assert ablation.verdict == NOT_RUN and "no adapter" in ablation.reason
+    assert ablation.verdict == NOT_RUN and "not on this hub" in ablation.reason
 
 
 # --- the nano model ---------------------------------------------------------------------------------------------------

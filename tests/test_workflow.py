@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from mobie.jobs import stale
 from mobie.jobs.keys import Keys, model_files
 from mobie.jobs.score import REFERENCE
 from mobie.paths import PACKAGE, Layout
+from mobie.plan.graph import Graph
 from mobie.records import Record, write_record
 from mobie.tables import TABLES, table_records
 from mobie.verdicts import verdict_records
@@ -51,6 +54,9 @@ def no_torch(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("suite", ["smoke", "tiny", "paper"])
 def test_a_suite_resolves_whole_without_torch(repository: Layout, no_torch: Path, suite: str) -> None:
     jobs = planned(snakemake(repository.root, "-n", "--config", f"suite={suite}", path=no_torch))
+    assert Counter(job.rule.name for job in Graph(repository, suite).jobs(["all"])) == {
+        name: count for name, count in jobs.items() if name != "total"
+    }  # `python -m mobie plan`
     assert jobs["table"] == len(TABLES)
     assert jobs["figure"] == len(FIGURES)
     assert jobs["claims"] == jobs["report"] == jobs["audit"] == 1
@@ -67,10 +73,13 @@ def test_a_suite_resolves_whole_without_torch(repository: Layout, no_torch: Path
 
 
 def test_table2_of_the_smoke_suite_needs_its_own_records_only(repository: Layout) -> None:
-    jobs = planned(snakemake(repository.root, "-n", "results/table2.csv"))
+    shown = snakemake(repository.root, "-n", "results/table2.csv")
+    jobs = planned(shown)
+    assert (shown.stdout + shown.stderr).count("priority: 100") == 3  # the gate, and what it reads of fp16
     methods = len(load_suite("smoke", repository).methods)
     for rule in ("quantize", "score_perplexity", "score_tasks", "score_routing"):
         assert jobs[rule] == methods
+    assert jobs["gate"] == 1
     assert jobs["fetch_wheel"] == jobs["mirror"] == jobs["calibrate"] == jobs["table"] == 1
     assert jobs["windows"] == 4  # three texts for perplexity, one for routing
     assert "score_hard" not in jobs and "figure" not in jobs
@@ -120,6 +129,8 @@ def test_a_finished_table_needs_no_job_until_something_that_decides_it_changes(r
     keys = Keys(repository, "smoke", "nano-olmoe", 0, "rtn-w3")
     for kind in ("quantize", "perplexity", "tasks", "routing"):
         write_record(keys.record(kind), Record(kind, "failed", "not tried", "smoke", "nano-olmoe", "rtn-w3", 0, "p"))
+    gate = replace(keys, method=REFERENCE).record("gate")
+    write_record(gate, Record("gate", "failed", "not tried", "smoke", "nano-olmoe", REFERENCE, 0, "p"))
     # only the table runs: its inputs are taken as they are
     target = ("--", "results/table2.csv")
     built = snakemake(root, "--cores", "1", "--allowed-rules", "table", "--rerun-triggers", "params", "mtime", *target)

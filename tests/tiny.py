@@ -65,13 +65,44 @@ def _deepseek_v2(**changes: Any) -> Any:
     return DeepseekV2Config(**(COMMON | own | latent | first_dense | changes))
 
 
+def _deepseek(**changes: Any) -> Any:
+    from mobie.hf.deepseek_config import DeepseekMoeConfig
+
+    own = {"intermediate_size": 40, "moe_intermediate_size": WIDTH, "n_routed_experts": EXPERTS, "n_shared_experts": 2}
+    return DeepseekMoeConfig(**(COMMON | own | {"first_k_dense_replace": 1, "num_key_value_heads": 4} | changes))
+
+
+def _qwen3_next(**changes: Any) -> Any:
+    """One block with linear attention, one with full attention."""
+    from transformers import Qwen3NextConfig
+
+    own = {"moe_intermediate_size": WIDTH, "shared_expert_intermediate_size": 28, "num_experts": EXPERTS}
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 6, "linear_num_key_heads": 2}
+    heads = {"linear_num_value_heads": 4, "head_dim": 16, "full_attention_interval": 2}
+    return Qwen3NextConfig(**(COMMON | own | linear | heads | changes))
+
+
+def _gpt_oss(**changes: Any) -> Any:
+    """One block with a window of 4 tokens, one that sees all; gates are clamped at values that occur."""
+    from transformers import GptOssConfig
+
+    rope = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "rope_theta": 150000.0}
+    rope |= {"truncate": False, "original_max_position_embeddings": 4096}
+    own = {"intermediate_size": WIDTH, "num_local_experts": EXPERTS, "head_dim": 16, "max_position_embeddings": 131072}
+    small = {"sliding_window": 4, "swiglu_limit": 1.5, "rope_parameters": rope}
+    return GptOssConfig(**(COMMON | own | small | changes))
+
+
 #: model_type → configuration; every architecture of the registry is expected here
 CONFIGS: dict[str, Callable[..., Any]] = {
     "olmoe": _olmoe,
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
+    "deepseek": _deepseek,
     "deepseek_v2": _deepseek_v2,
+    "qwen3_next": _qwen3_next,
+    "gpt_oss": _gpt_oss,
 }
 
 
@@ -108,6 +139,29 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1", pad_token="w0")
 
 
+def experts_by_hand(module: nn.Module) -> dict[str, Tensor]:
+    """A fused module's `gate`, `up`, `down` `(experts, out, in)` and their `_bias` `(experts, out)` in float64."""
+    gate_up, down = module.gate_up_proj.detach().double(), module.down_proj.detach().double()
+    experts = len(down)
+    if type(module).__name__ == "GptOssExperts":
+        both = module.gate_up_proj_bias.detach().double()
+        weights = {"gate": gate_up[:, :, 0::2].mT, "up": gate_up[:, :, 1::2].mT, "down": down.mT}
+        biases = {"gate_bias": both[:, 0::2], "up_bias": both[:, 1::2]}
+        return weights | biases | {"down_bias": module.down_proj_bias.detach().double()}
+    weights = {"gate": gate_up[:, : gate_up.shape[1] // 2], "up": gate_up[:, gate_up.shape[1] // 2 :], "down": down}
+    return weights | {f"{name}_bias": torch.zeros(experts, w.shape[1]).double() for name, w in weights.items()}
+
+
+def inner_by_hand(module: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """What an expert's down projection is given: SwiGLU, in GPT-OSS clamped and shifted, written out."""
+    if type(module).__name__ == "GptOssExperts":
+        limit = module.limit
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up.abs() > limit, limit * up.sign(), up)
+        return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+    return gate / (1 + torch.exp(-gate)) * up
+
+
 def random_tokens(sequences: int, length: int, seed: int = 0) -> Tensor:
     """Token ids `(sequences, length)`."""
     return torch.randint(2, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
@@ -136,11 +190,6 @@ def starve_experts(model: nn.Module, rare_token: int) -> None:
 
 class SilentObserver:
     """An experts observer that looks at nothing."""
-
-    sees_all_tokens = False
-
-    def inputs(self, *_: object) -> None:
-        pass
 
     def outputs(self, *_: object) -> None:
         pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,20 +12,22 @@ from mobie.methods.base import LinearStats
 SAMPLE_ROWS = 512
 
 
-def pool(stats: list[LinearStats]) -> LinearStats:
-    """Statistics over the union of the rows of several experts (a token counts once per expert it goes to)."""
-    total = max(1, sum(s.tokens for s in stats))
+def pool(stats: Sequence[LinearStats], tokens: Sequence[int] | None = None) -> LinearStats:
+    """Statistics over the union of the rows of several experts (a token counts once per expert it goes to).
 
-    def mean(values: list[Tensor]) -> Tensor:
-        return sum(v * (s.tokens / total) for v, s in zip(values, stats, strict=True))
-
+    tokens: of each expert, where `stats` are computed when they are asked for; each is asked for once.
+    """
+    tokens = [s.tokens for s in stats] if tokens is None else tokens
+    total = max(1, sum(tokens))
     per_expert = max(1, SAMPLE_ROWS // len(stats))
-    return LinearStats(
-        mean([s.hessian for s in stats]),
-        sum(s.tokens for s in stats),
-        mean([s.mean_abs for s in stats]),
-        torch.cat([s.sample[:per_expert] for s in stats]),
-    )
+    hessian: Tensor | float = 0.0
+    mean_abs: Tensor | float = 0.0
+    samples = []
+    for own, count in zip(stats, tokens, strict=True):
+        hessian = hessian + own.hessian * (count / total)
+        mean_abs = mean_abs + own.mean_abs * (count / total)
+        samples.append(own.sample[:per_expert])
+    return LinearStats(torch.as_tensor(hessian), sum(tokens), torch.as_tensor(mean_abs), torch.cat(samples))
 
 
 def pool_channels(gradient: Tensor, groups: int) -> Tensor:

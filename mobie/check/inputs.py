@@ -16,6 +16,7 @@ from mobie.check.findings import Report
 from mobie.check.records import Stored
 from mobie.config import ProtocolConfig, load_method, load_model_config, load_protocol, load_suite
 from mobie.errors import MobieError
+from mobie.lock import load_lock
 from mobie.paths import PACKAGE, Layout
 from mobie.sources import load_sources
 
@@ -163,7 +164,7 @@ def _protocol_digest(protocol: ProtocolConfig, kind: str) -> str | None:
     if kind in SCORES:
         parts = getattr(protocol, kind)
         return digest([part.digest() for part in (parts if isinstance(parts, tuple) else (parts,))])
-    own = {"code": protocol.code.digest, "code_samples": protocol.code.generation_digest}
+    own = {"code": protocol.code.digest, "code_samples": protocol.code.generation_digest, "gate": protocol.gate_digest}
     return own[kind]() if kind in own else None
 
 
@@ -191,11 +192,14 @@ def check_downloads(layout: Layout, records: Sequence[Stored], hashes: Hashes, r
             report.error(path, f"sha256 {hashes.sha256(path)}", f"{source.sha256} as in sources.csv", again)
     stamps = {layout.mirror_stamp: layout.mirror}
     stamps |= {layout.hub_model_stamp(r.model): layout.hub_model(r.model) for r in records}
+    locked = {layout.hub_model_stamp(name): entry.hashes for name, entry in load_lock(layout).models.items()}
     for stamp, folder in stamps.items():
         if not stamp.is_file():
             continue
         try:
             _check_stamp(stamp, folder, hashes, report, again)
+            if stamp in locked and read_json(stamp)["files"] != locked[stamp]:
+                report.error(stamp, "lists other files than the lock", "those of lock.json", "run the fetch rule again")
         except (Damaged, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
             report.error(stamp, f"not a stamp ({error})", "the files of a download with their hashes", again)
 

@@ -276,6 +276,7 @@ def _answers(details: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 RECOMPUTED: dict[str, Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]]] = {
     "perplexity": _perplexities,
+    "gate": _perplexities,
     "shift": _shifts,
     "tasks": _answers,
     "hard": _answers,

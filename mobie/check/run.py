@@ -11,6 +11,7 @@ from pathlib import Path
 from mobie.check.checkpoints import check_checkpoint
 from mobie.check.files import Damaged, Hashes, read_tensor_file, total_size
 from mobie.check.findings import Report
+from mobie.check.gate import check_gate
 from mobie.check.inputs import Inputs, check_configuration, check_downloads, check_samples
 from mobie.check.records import Stored, load, record_paths
 from mobie.check.tables import LONG, check_protocols, check_rebuilt, check_values, compare_text, table_files
@@ -81,6 +82,10 @@ def _check(layout: Layout, folder: Path, options: Options) -> Report:
                 check_samples(record, hashes, report)
             if record.ok:
                 check_configuration(record, layout, report)
+        by_path = {record.path: record for record in records}
+        for record in records:
+            if record.ok and record.kind == "gate":
+                check_gate(record, by_path, report)
         check_downloads(layout, records, hashes, report)
         _check_tables(layout, folder, records, options, report)
         _check_figures(layout, options, report)

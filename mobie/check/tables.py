@@ -7,7 +7,6 @@ built from the records now.
 from __future__ import annotations
 
 import csv
-import importlib
 import math
 import re
 from collections import defaultdict
@@ -253,12 +252,13 @@ def _average_problem(line: Line, values: Sequence[float]) -> str | None:
 
 def check_rebuilt(name: str, suite: str, layout: Layout, report: Report) -> list[Path]:
     """Compare the four files of a table with what its records give now; returns the records that it reads."""
+    from mobie.tables import build_table
     from mobie.tables.table import WRITERS
 
     again = f"build the table again: `python -m mobie table {name}`"
     results = Results(suite, layout)
     try:
-        table = importlib.import_module(f"mobie.tables.{name}").build(results)
+        table = build_table(name, results)
     except MobieError as error:
         report.error(layout.table(name, "csv"), f"cannot be built: {error}", "records that can be read")
         return list(results.asked)

@@ -52,3 +52,11 @@ def apptainer_environment(environment: Mapping[str, str] | None = None) -> dict[
         if missing:
             found["APPTAINER_DROP_CAPS"] = ",".join(missing)
     return found
+
+
+def bound(folder: Path, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variable that lets programs in an image read a folder under its own name, beside what they may already."""
+    found = os.environ if environment is None else environment
+    binds = [bind for bind in found.get("APPTAINER_BIND", "").split(",") if bind]
+    mine = f"{folder}:{folder}:ro"
+    return {"APPTAINER_BIND": ",".join(binds if mine in binds else [*binds, mine])}

@@ -14,6 +14,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from mobie.comparable import KIND as GATE
+from mobie.comparable import NOTHING_PRINTED, Comparability, has_gate, of_record
 from mobie.config import MethodConfig, ModelConfig
 from mobie.errors import MobieError
 from mobie.jobs.keys import Keys
@@ -177,13 +179,24 @@ def _bits(values: Any) -> tuple[str, ...]:
 
 def _results(keys: Keys, record: Record) -> str:
     """The scores of this very checkpoint, beside those of the model in 16 bits."""
-    parts = [f"## Results\n\nProtocol of the suite `{keys.suite}` (`{keys.suite_config.protocol}`).\n"]
+    parts = [
+        f"## Results\n\nProtocol of the suite `{keys.suite}` (`{keys.suite_config.protocol}`): "
+        f"{_comparability(keys).sentence}.\n"
+    ]
     for kind in SCORES:
         path = keys.record(kind)
         if kind not in EXPECTED and not path.is_file():
             continue
         parts.append(f"### {TITLES[kind]}\n\n{_score(keys, kind, record.details['manifest'])}")
     return "\n".join(parts)
+
+
+def _comparability(keys: Keys) -> Comparability:
+    """What the protocol gate says of the model, whatever it was quantized with."""
+    if not has_gate(keys.model_config.label):
+        return NOTHING_PRINTED
+    path = keys.layout.record(keys.suite, keys.model, REFERENCE, keys.suite_config.seed, GATE)
+    return of_record(read_record(path) if path.is_file() else None)
 
 
 def _score(keys: Keys, kind: str, manifest: str) -> str:

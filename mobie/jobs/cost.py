@@ -1,20 +1,27 @@
-"""What memory and time to ask a cluster for, by kind of job: estimates from configuration alone, none of them measured.
+"""What memory and time a job takes, by kind: estimates from configuration alone.
 
-A job that gets too little is killed by the cluster and tried again with more; one that asks for too much waits longer
-in the queue. So the first attempt asks for about twice what we expect, and each further one for more.
+`expect` says what a job should need; `python -m mobie plan` adds that up. `estimate` says what to ask a cluster for: a
+job that gets too little is killed and tried again with more, one that asks for too much waits longer in the queue.
 
-    memory  = process + copies · weights in the job's dtype + calibration tokens · BYTES_PER_TOKEN
-              at most `resources.mem_mb` of the model's config at the first attempt; MEMORY_GROWTH at each further one
-    minutes = MARGIN · (start + reading + tokens · passes · 2 · parameters / FLOP/s + steps · STEP_SECONDS
-              + parameters · seconds per weight), TIME_GROWTH at each further attempt
+    seconds = start + bytes read / READ + tokens · 2 · active parameters / FLOP/s + steps · step + quantizing
+    step    = STEP_SECONDS, or as long as it takes to read the active weights once
+    host    = process + copies · weights + a block in float32    [bytes; on a processor also the last two terms below]
+    device  = context + BLOCKS_AT_ONCE · block and both ends + logits · vocabulary · 8 + cached keys and values
+    whole   = the same with all weights: on a smaller card than that layers go to and fro, which takes longer than said
 
-What is assumed:
-- a token costs 2 · *all* parameters, as if every expert saw it: too much by the model's sparsity, on purpose;
-- a GPU does a twentieth of what its makers print, a processor core what one AVX2 core does in float32;
-- quantizing needs five forward passes (capture, forward and backward for gradients, quantized) and a time per weight;
+    asked for: memory = MEMORY_MARGIN · host, at most `resources.mem_mb` of the model's config at the first attempt;
+               MEMORY_GROWTH at each further one
+               minutes = MARGIN · (SLOW_START + seconds), TIME_GROWTH at each further attempt
+
+`quantize_cost.py` has the terms of quantizing, `size.py` the sizes of models. What is assumed:
+- a processor core does FLOPS["cpu"] in the matrix products of a model, a third of what it does in large ones alone
+  (jobs of the smoke suite on one core with AVX-512: 10 s for 6e11 operations);
+- a GPU does EFFICIENCY of what its maker prints (A100: 19.5e12 in float32, 312e12 in bfloat16) and is worth GPU_CORES
+  cores in everything else. **Not measured**: no job of the suite has been timed on a GPU;
 - a text that the protocol does not limit has WHOLE_TEXT tokens, the size of C4's part, which is the largest; tasks have
   the requests of their published test sets, items times choices; MMLU's choices share one pass;
-- weights are read once for every copy, over a network file system.
+- weights are read over a network file system; keys and values are KEYS_SHARE as wide as the hidden state (some models
+  share them among heads).
 """
 
 from __future__ import annotations
@@ -23,26 +30,36 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from mobie.jobs import quantize_cost
+from mobie.jobs.size import Size, size_of
 
 if TYPE_CHECKING:
-    from mobie.config import Calibration, ModelConfig, ProtocolConfig
+    from mobie.config import Calibration, ProtocolConfig
     from mobie.jobs.keys import Keys
 
-MEMORY_GROWTH = 1.5
-TIME_GROWTH = 2.0
-MARGIN = 2.0
+Device = Literal["cpu", "gpu"]
+MEMORY_MARGIN, MEMORY_GROWTH = 1.25, 1.5
+MARGIN, TIME_GROWTH = 2.0, 2.0
 
 PROCESS_MB = 2000  # Python, torch, transformers, lm-eval; two processes of Snakemake beside it, on a cluster
 GPU_PROCESS_MB = 4500  # the same with a CUDA context
-BYTES_PER_TOKEN = 16384  # of calibration: a block's input and output, 2048 wide, in float32
+CONTEXT_MB = 1000  # of a GPU's memory, before anything is put there
 MEMORY_STEP_MB = 500
+KEYS_SHARE = 0.5
+BLOCKS_AT_ONCE = 2  # the one at work and the next
 
-START_SECONDS = 120
+START_SECONDS = 7  # imports, and a small model
+SLOW_START_SECONDS = 120  # the same from a busy network file system
 READ_BYTES_PER_SECOND = 2e8
-FLOPS = {"cpu": 3e10, "gpu": 5e13}
-SECONDS_PER_WEIGHT = {"cpu": 1e-5, "gpu": 5e-7}  # of quantizing, without the model's own passes
+EFFICIENCY = 0.15
+FLOPS = {"cpu": 6e10, "gpu": EFFICIENCY * 312e12}
+FLOAT32_FLOPS = {"cpu": 6e10, "gpu": EFFICIENCY * 19.5e12}
+GRAM_FLOPS = {"cpu": 8e10, "gpu": EFFICIENCY * 19.5e12}  # large products of float32 alone
+GPU_CORES = 100
 STEP_SECONDS = 0.1  # one token written by every row of a batch
+BANDWIDTH = {"cpu": 1e10, "gpu": EFFICIENCY * 1.5e12}  # bytes per second
 
 WHOLE_TEXT = 600_000  # tokens
 REQUESTS = {  # of a whole task
@@ -77,45 +94,119 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Need:
+    """What a job is expected to take, without any margin.
+
+    seconds:   of a GPU and the core beside it, where `gpu` is set; else of one processor core.
+    device_mb: of the GPU's memory, at least; 0 on a processor. whole_mb: to hold the model there all the time.
+    host_mb:   of the machine's own memory.
+    work_mb:   on disk while it runs. kept_mb: on disk afterwards.
+    """
+
+    seconds: float
+    gpu: bool
+    device_mb: float
+    host_mb: float
+    whole_mb: float = 0.0
+    work_mb: float = 0.0
+    kept_mb: float = 0.0
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a run gives to quantizing (`--config device=… memory=…`): device, None: as configured; MiB kept in RAM."""
+
+    device: Device | None = None
+    memory_mb: float = quantize_cost.BUDGET_MB
+
+
+DEFAULT = Allowance()
+
+
+@dataclass(frozen=True)
 class Work:
     """What a job does, in units that do not depend on the machine.
 
-    copies: of the weights in memory at once, in `dtype_bytes` each.
-    kept:   calibration tokens whose activations are kept.
-    tokens: pass through the model. steps: decoding steps. quantized: whether weights are quantized.
+    copies:   of the weights in memory at once, in `dtype_bytes` each; 0: no model.
+    tokens:   pass through the model. steps: decoding steps.
+    logits:   tokens whose logits are held at once. cached: tokens whose keys and values are.
+    by_block: blocks are read one after the other, in float32, by the processor; there is never a whole model.
+    whole: the model has to lie on the device.
+    quantized: whether weights are quantized.
     """
 
     copies: float
     dtype_bytes: int = 2
-    kept: int = 0
     tokens: float = 0
     steps: float = 0
+    logits: int = 0
+    cached: int = 0
+    by_block: bool = False
+    whole: bool = False
     quantized: bool = False
 
 
 @cache  # Snakemake asks several times for each job
 def estimate(kind: str, keys: Keys, attempt: int = 1) -> Estimate:
     """What to ask for in the `attempt`-th try (from 1) of a kind of job, one of `WORK`."""
-    return request(WORK[kind](keys.calibration_config, keys.protocol), keys.model_config, attempt)
+    need, model = expect(kind, keys), keys.model_config
+    memory = min(MEMORY_MARGIN * need.host_mb, model.resources.mem_mb) * MEMORY_GROWTH ** (attempt - 1)
+    return Estimate(
+        mem_mb=MEMORY_STEP_MB * math.ceil(memory / MEMORY_STEP_MB),
+        minutes=math.ceil(MARGIN * (SLOW_START_SECONDS + need.seconds) * TIME_GROWTH ** (attempt - 1) / 60),
+    )
 
 
-def request(work: Work, model: ModelConfig, attempt: int) -> Estimate:
-    """The formulas of the module's docstring."""
-    device = "gpu" if model.resources.gpu else "cpu"
-    weights = work.copies * work.dtype_bytes * model.parameters
-    process = PROCESS_MB if device == "cpu" else GPU_PROCESS_MB
-    memory = min(process + (weights + work.kept * BYTES_PER_TOKEN) / 2**20, model.resources.mem_mb)
+@cache
+def expect(kind: str, keys: Keys, allowance: Allowance = DEFAULT) -> Need:
+    """What a kind of job takes: on a GPU where the model's configuration asks for one."""
+    work = WORK[kind](keys.calibration_config, keys.protocol)
+    size = size_of(keys.model_config)
+    device: Device = "gpu" if keys.model_config.resources.gpu else "cpu"
+    if work.quantized:
+        return _quantizing(keys, size, allowance.device or device, allowance.memory_mb)
+    if not work.copies or work.by_block:
+        device = "cpu"
+    step = max(STEP_SECONDS, 2 * size.active / BANDWIDTH[device])
     seconds = (
         START_SECONDS
-        + weights / READ_BYTES_PER_SECOND
-        + work.tokens * 2 * model.parameters / FLOPS[device]
-        + work.steps * STEP_SECONDS
-        + work.quantized * model.parameters * SECONDS_PER_WEIGHT[device]
+        + bool(work.copies) * work.dtype_bytes * size.parameters / READ_BYTES_PER_SECOND
+        + work.tokens * 2 * size.active / FLOPS[device]
+        + work.steps * (step if work.copies else STEP_SECONDS)
     )
-    return Estimate(
-        mem_mb=MEMORY_STEP_MB * math.ceil(memory * MEMORY_GROWTH ** (attempt - 1) / MEMORY_STEP_MB),
-        minutes=math.ceil(MARGIN * seconds * TIME_GROWTH ** (attempt - 1) / 60),
+    weights = 0.0 if work.by_block else work.copies * work.dtype_bytes * size.parameters / 2**20
+    block = bool(work.copies) * quantize_cost.FLOAT * size.block / 2**20
+    if work.by_block:
+        block *= quantize_cost.BLOCK_COPIES
+    keys_values = 2 * 2 * KEYS_SHARE * size.layers * size.hidden
+    held = (2 * 4 * work.logits * size.vocabulary + work.cached * keys_values) / 2**20
+    if device == "cpu":
+        return Need(seconds, False, 0.0, PROCESS_MB + weights + block + held)
+    least = (
+        weights if work.whole else min(weights, work.dtype_bytes * (BLOCKS_AT_ONCE * size.block + size.ends) / 2**20)
     )
+    sizes = (CONTEXT_MB + least + held, GPU_PROCESS_MB + weights + block, CONTEXT_MB + weights + held)
+    return Need(seconds, True, *sizes)
+
+
+def _quantizing(keys: Keys, size: Size, device: Device, memory_mb: float) -> Need:
+    """The block loop: `quantize_cost.py`."""
+    config, calibration = keys.method_config, keys.calibration_config
+    effort = quantize_cost.effort(config, size, calibration)
+    memory = quantize_cost.block_memory(config, size, calibration, memory_mb)
+    cores = GPU_CORES if device == "gpu" else 1
+    seconds = (
+        START_SECONDS
+        + effort.reads * keys.model_config.bytes / READ_BYTES_PER_SECOND
+        + effort.flops / FLOAT32_FLOPS[device]
+        + effort.gram_flops / GRAM_FLOPS[device]
+        + effort.core_seconds / cores
+    )
+    if device == "gpu":
+        sizes = (CONTEXT_MB + memory.device, GPU_PROCESS_MB + memory.host)
+    else:
+        sizes = (0.0, PROCESS_MB + memory.host + memory.device)
+    return Need(seconds, device == "gpu", *sizes, work_mb=memory.work, kept_mb=memory.kept)
 
 
 def _bytes(dtype: str) -> int:
@@ -123,8 +214,7 @@ def _bytes(dtype: str) -> int:
 
 
 def _quantize(calibration: Calibration, protocol: ProtocolConfig) -> Work:
-    tokens = calibration.sequences * calibration.length
-    return Work(copies=2, kept=tokens, tokens=5 * tokens, quantized=True)
+    return Work(copies=1, quantized=True)
 
 
 def _tokenize(calibration: Calibration, protocol: ProtocolConfig) -> Work:
@@ -132,13 +222,22 @@ def _tokenize(calibration: Calibration, protocol: ProtocolConfig) -> Work:
 
 
 def _windows(parts: tuple, models: int) -> Work:
-    """Token windows through `models` models, one after the other; loading makes a second copy for a while."""
+    """Token windows through `models` models, one after the other; a copy of the model for each dtype."""
     tokens = sum(WHOLE_TEXT if part.windows is None else part.windows * part.window for part in parts)
-    return Work(copies=2, dtype_bytes=max(_bytes(part.dtype) for part in parts), tokens=models * tokens)
+    return Work(
+        copies=len({part.dtype for part in parts}),
+        dtype_bytes=max(_bytes(part.dtype) for part in parts),
+        tokens=models * tokens,
+        logits=max(part.batch_size * part.window for part in parts),
+    )
 
 
 def _perplexity(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     return _windows(protocol.perplexity, 1)
+
+
+def _gate(calibration: Calibration, protocol: ProtocolConfig) -> Work:
+    return _windows(protocol.gate.points(protocol.gate_own), 1)
 
 
 def _routing(calibration: Calibration, protocol: ProtocolConfig) -> Work:
@@ -150,7 +249,7 @@ def _shift(calibration: Calibration, protocol: ProtocolConfig) -> Work:
 
 
 def _cka(calibration: Calibration, protocol: ProtocolConfig) -> Work:
-    return Work(copies=1, dtype_bytes=4, tokens=WHOLE_TEXT)  # pairs of experts of one block after the other
+    return Work(copies=1, tokens=WHOLE_TEXT, by_block=True)  # pairs of experts
 
 
 def _requests(task: str, limit: int | None) -> int:
@@ -163,22 +262,27 @@ def _requests(task: str, limit: int | None) -> int:
 def _tasks(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     part = protocol.tasks
     requests = sum(_requests(task, part.limit) for task in part.tasks)
-    return Work(copies=2, dtype_bytes=_bytes(part.dtype), tokens=requests * min(REQUEST_TOKENS, part.max_length))
+    length = min(REQUEST_TOKENS, part.max_length)
+    batch = part.batch_size * length
+    return Work(copies=1, dtype_bytes=_bytes(part.dtype), tokens=requests * length, logits=batch, cached=batch)
 
 
 def _hard(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     part = protocol.hard
-    tokens, steps = 0, 0
+    tokens, steps, longest = 0, 0, 0
     for task in part.tasks:
         requests = _requests(task.name, task.limit)
-        tokens += requests * min(REQUEST_TOKENS + task.shots * SHOT_TOKENS, part.max_length)
+        length = min(REQUEST_TOKENS + task.shots * SHOT_TOKENS, part.max_length)
+        longest = max(longest, length)
+        tokens += requests * length
         steps += math.ceil(requests / part.batch_size) * (task.generated_tokens or 0)
-    return Work(copies=2, dtype_bytes=_bytes(part.dtype), tokens=tokens, steps=steps)
+    batch = part.batch_size * longest
+    return Work(copies=1, dtype_bytes=_bytes(part.dtype), tokens=tokens, steps=steps, logits=batch, cached=batch)
 
 
 def _generations(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     part = protocol.generations
-    return Work(copies=2, dtype_bytes=_bytes(part.dtype), steps=PROMPTS * part.max_new_tokens)
+    return Work(copies=1, dtype_bytes=_bytes(part.dtype), steps=PROMPTS * part.max_new_tokens)
 
 
 def _code_samples(calibration: Calibration, protocol: ProtocolConfig) -> Work:
@@ -188,10 +292,11 @@ def _code_samples(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     runs = problems * len(part.modes)
     programs = problems * sum(part.modes.values())
     return Work(
-        copies=2,
+        copies=1,
         dtype_bytes=_bytes(part.dtype),
         tokens=programs * min(REQUEST_TOKENS, part.max_length),
         steps=runs * part.max_new_tokens,
+        cached=max(part.modes.values()) * part.max_length,
     )
 
 
@@ -206,7 +311,13 @@ def _code(calibration: Calibration, protocol: ProtocolConfig) -> Work:
 def _speed(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     part = protocol.speed
     settings = 1 + len(part.batches) + len(part.routers)
-    return Work(copies=2, dtype_bytes=_bytes(part.dtype), steps=RUNNERS * settings * (part.decode + part.repetitions))
+    return Work(
+        copies=1,
+        dtype_bytes=_bytes(part.dtype),
+        steps=RUNNERS * settings * (part.decode + part.repetitions),
+        cached=max(part.batch, *part.batches, 0) * (part.prefill + part.decode),
+        whole=True,
+    )
 
 
 #: kind of job → what it does under a calibration and a protocol
@@ -215,6 +326,7 @@ WORK: dict[str, Callable[[Calibration, ProtocolConfig], Work]] = {
     "calibrate": _tokenize,
     "windows": _tokenize,
     "perplexity": _perplexity,
+    "gate": _gate,
     "tasks": _tasks,
     "hard": _hard,
     "routing": _routing,

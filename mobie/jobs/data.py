@@ -1,4 +1,4 @@
-"""Bring data and models to this machine and prepare them: downloads, mirror, calibration tokens, embedded model."""
+"""Prepare what was fetched: benchmark mirror, calibration tokens, token windows, embedded model."""
 
 from __future__ import annotations
 
@@ -7,57 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from mobie.config import Calibration
 from mobie.data.texts import TEXTS, read_text, text_digest
-from mobie.errors import ConfigError, DataError, unknown_name
-from mobie.jobs.keys import Keys, checked_source, find_source, model_folder, write_checksums
+from mobie.errors import ConfigError, unknown_name
+from mobie.jobs.keys import Keys, checked_source, find_source, model_folder, source_version, write_checksums
 from mobie.models import OWN_FILES
 from mobie.paths import Layout, embedded_model
 from mobie.provenance import file_hash
-from mobie.sources import MODEL_SUFFIXES, fetch, first_line, take_over
-from mobie.storage import storage_errors, write_bytes, write_sealed
+from mobie.storage import storage_errors, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mobie.scoring.windows import WindowProtocol
-
-
-def fetch_source(name: str, layout: Layout) -> Path:
-    """Download a row of `sources.csv`, or check what is there. Raises `ConfigError`, `DataError`, `StorageError`."""
-    source = find_source(name, layout)
-    return fetch(source, layout.source(source))
-
-
-def fetch_model(keys: Keys) -> Path:
-    """Download a hub model into `resources/models/` and write its stamp; what was downloaded before is kept.
-
-    Raises:
-        ConfigError: the model ships in the package.
-        DataError: the hub cannot be read.
-    """
-    import huggingface_hub
-
-    model = keys.model_config
-    if model.source != "hub":
-        raise ConfigError(f"model {keys.model}: ships in the package, expected a model whose source is `hub`")
-    folder = keys.layout.hub_model(keys.model)
-    try:
-        revision = huggingface_hub.HfApi().model_info(model.repo, revision=model.revision).sha
-        huggingface_hub.snapshot_download(
-            model.repo,
-            revision=revision,
-            local_dir=folder,
-            allow_patterns=[f"*{suffix}" for suffix in sorted(MODEL_SUFFIXES)],
-        )
-    except Exception as error:  # the hub client raises errors of several libraries
-        raise DataError(
-            f"{model.repo}: the hub could not be read ({first_line(error)}); expected "
-            "a network and access to the repository; run the same command again, finished files are kept"
-        ) from error
-    take_over(folder, MODEL_SUFFIXES)
-    files = {p.relative_to(folder).as_posix(): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-    stamp = keys.layout.hub_model_stamp(keys.model)
-    write_sealed(stamp, {"repo": model.repo, "revision": revision, "files": files})
-    return stamp
 
 
 def build_mirror(name: str, layout: Layout) -> Path:
@@ -143,9 +103,9 @@ def make_windows(keys: Keys, text: str | None = None, protocol: str | None = Non
 
 
 def source_identity(text: str, layout: Layout) -> str:
-    """What the register says of a text's source: name, version and, where known, the hash."""
+    """What register and lock say of a text's source: name, version and, where known, the hash."""
     source = find_source(TEXTS[text].source, layout)
-    return " ".join([source.name, source.version, source.sha256 or "unhashed"])
+    return " ".join([source.name, source_version(source, layout), source.sha256 or "unhashed"])
 
 
 def read_windows(keys: Keys, protocol: WindowProtocol, folder: Path) -> tuple[Tensor, dict[str, str]]:

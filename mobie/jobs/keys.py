@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mobie.config import (
     Calibration,
@@ -17,10 +18,12 @@ from mobie.config import (
     load_suite,
 )
 from mobie.errors import ConfigError, DataError, unknown_name
+from mobie.fetching.repository import data_repository, model_repository
+from mobie.lock import LockedRepository, locked_entry
 from mobie.parsing import parse_json
 from mobie.paths import Layout, embedded_model
 from mobie.provenance import digest, file_hash
-from mobie.sources import CHECKSUMS, Source, fetch, load_sources
+from mobie.sources import CHECKSUMS, HUB, Source, fetch, is_locked, load_sources
 from mobie.storage import unsealed, write_text
 
 
@@ -87,6 +90,26 @@ def write_checksums(folder: Path) -> Path:
     return path
 
 
+def model_stamp(keys: Keys) -> dict[str, Any]:
+    """What was noted when a hub model was fetched: repo, revision, files. Raises `OSError`, `ValueError`."""
+    return unsealed(parse_json(keys.layout.hub_model_stamp(keys.model).read_bytes()))
+
+
+def model_lock(keys: Keys) -> LockedRepository | None:
+    """What the lock says of a model; None of the embedded one. Raises `ConfigError`."""
+    model = keys.model_config
+    return locked_entry(model_repository(keys.model, model), keys.layout) if model.source == "hub" else None
+
+
+def model_origin(keys: Keys) -> dict[str, Any]:
+    """Where a model comes from, for a record; `pinned`: whether fetching it again must give the same."""
+    model = keys.model_config
+    if model.source != "hub":
+        return {"repo": model.repo, "revision": None, "pinned": True}
+    pinned = model_lock(keys) is not None or model_repository(keys.model, model).commit is not None
+    return {"repo": model.repo, "revision": model_stamp(keys)["revision"], "pinned": pinned}
+
+
 def _checksums(keys: Keys) -> tuple[Path, dict[str, str]]:
     """The file that says what the files of a model must be, and their hashes by name.
 
@@ -97,7 +120,7 @@ def _checksums(keys: Keys) -> tuple[Path, dict[str, str]]:
     if model.source == "hub":
         path = keys.layout.hub_model_stamp(keys.model)
         try:
-            return path, dict(unsealed(parse_json(path.read_bytes()))["files"])
+            return path, model_stamp(keys)["files"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a readable stamp of a model ({error}); {_model_remedy(keys)}") from error
     path = embedded_model(model.repo) / CHECKSUMS
@@ -126,6 +149,12 @@ def model_folder(keys: Keys, *, weights: bool = False) -> Path:
         if not file.is_file():
             raise DataError(f"{file}: no such file; expected the model {keys.model}; {_model_remedy(keys)}")
     listed, checksums = _checksums(keys)
+    locked = model_lock(keys)
+    if locked is not None and checksums != locked.hashes:
+        raise DataError(
+            f"{folder}: got other files than {keys.layout.lock} has of {keys.model}, expected those; "
+            f"{_model_remedy(keys)}"
+        )
     for name, expected in checksums.items():
         if weights or not name.endswith(".safetensors"):
             if not (folder / name).is_file():
@@ -152,14 +181,28 @@ def find_source(name: str, layout: Layout) -> Source:
     return sources[name]
 
 
+def source_version(source: Source, layout: Layout) -> str:
+    """The register's version of a source; of a locked repository its revision, and the digest of its files' hashes."""
+    locked = source_lock(source, layout)
+    return source.version if locked is None else f"{locked.revision or 'locked'}:{digest(locked.hashes)}"
+
+
+def source_lock(source: Source, layout: Layout) -> LockedRepository | None:
+    """What the lock says of a source; None of one that is not from the hub. Raises `ConfigError`."""
+    return locked_entry(data_repository(source), layout) if source.kind == HUB else None
+
+
 def checked_source(name: str, layout: Layout) -> Path:
-    """Path of a download that is there and is what the register says; a damaged one is removed.
+    """Path of a download that is there and is what register and lock say; a damaged one is removed.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: it is missing, damaged, or was fetched before the lock changed.
     """
     source = find_source(name, layout)
     path = layout.source(source)
+    again = f"fetch it with `python -m mobie fetch {name}`"
     if not path.exists():
-        raise DataError(f"{path}: no such file; fetch it with `python -m mobie fetch {name}`")
+        raise DataError(f"{path}: no such file; {again}")
+    if not is_locked(path, source_lock(source, layout)):
+        raise DataError(f"{path}: got other files than {layout.lock} has of {name}, expected those; {again}")
     return fetch(source, path)

@@ -7,13 +7,16 @@ from typing import Any
 from mobie.config import build_method
 from mobie.hf.card import refresh_card
 from mobie.jobs.attempt import attempt
-from mobie.jobs.keys import Keys, model_folder, model_hash
+from mobie.jobs.keys import Keys, model_folder, model_hash, model_origin
 from mobie.jobs.stale import gradient_code, quantize_code
 from mobie.provenance import collect, digest, file_hash
 from mobie.records import Measurement, Record, write_record
+from mobie.resources import CPU, Resources
+
+DEFAULT_RESOURCES = Resources()
 
 
-def quantize_job(keys: Keys, *, progress: bool) -> Record:
+def quantize_job(keys: Keys, resources: Resources = DEFAULT_RESOURCES, *, progress: bool) -> Record:
     """Write `checkpoint/` with its model card, and `quantize.json`.
 
     Blocks that an earlier run of the same job finished are kept.
@@ -32,10 +35,11 @@ def quantize_job(keys: Keys, *, progress: bool) -> Record:
     tokens, _ = load_tokens(keys.calibration)
     code = quantize_code(config.method)
     inputs = {"model": model_hash(keys), "calibration": file_hash(keys.calibration)}
-    fingerprint = digest({"code": code, "inputs": inputs, "method": config.method, "options": config.options})
+    decides = inputs if resources.kind == CPU else inputs | {"device": resources.kind}
+    fingerprint = digest({"code": code, "inputs": decides, "method": config.method, "options": config.options})
 
     cache = GradientCache(
-        keys.layout.gradients(keys.suite, keys.model), digest({"code": gradient_code(), "inputs": inputs})
+        keys.layout.gradients(keys.suite, keys.model), digest({"code": gradient_code(), "inputs": decides})
     )
 
     outcome = attempt(
@@ -46,12 +50,18 @@ def quantize_job(keys: Keys, *, progress: bool) -> Record:
             keys.checkpoint,
             fingerprint=fingerprint,
             gradient_cache=cache,
+            resources=resources,
             progress=progress,
         ),
         keys.checkpoint,
     )
     measurements: tuple[Measurement, ...] = ()
-    details: dict[str, Any] = {"options": config.options, "traceback": list(outcome.traceback)}
+    details: dict[str, Any] = {
+        "options": config.options,
+        "origin": model_origin(keys),
+        "resources": resources.as_json(),
+        "traceback": list(outcome.traceback),
+    }
     if outcome.value is not None:
         report = outcome.value
         ledger = report.ledger

@@ -13,7 +13,7 @@ from mobie.errors import ConfigError, DataError, unknown_name
 from mobie.hf.card import refresh_cards
 from mobie.jobs.attempt import attempt
 from mobie.jobs.data import read_windows
-from mobie.jobs.keys import Keys, checked_source, find_source
+from mobie.jobs.keys import Keys, checked_source, find_source, source_version
 from mobie.jobs.stale import score_code
 from mobie.provenance import collect, digest, file_hash
 from mobie.records import Measurement, Record, read_record, write_record
@@ -48,12 +48,17 @@ def score_job(keys: Keys, kind: str) -> Record:
     Raises:
         ConfigError, DataError, StorageError: wrong input, or a disk that cannot be written.
     """
+    protocol = digest([part.digest() for part in _protocols(keys, kind)])
+    return record_scores(keys, kind, JOBS[kind], protocol, score_code(kind))
+
+
+def record_scores(keys: Keys, kind: str, prepare: Callable[[Keys], Job], protocol: str, code: str) -> Record:
+    """As `score_job`, with the job itself, the digest of its protocol and that of its code."""
     blocker = next((hole for method in _needed(keys, kind) if (hole := hole_of(keys, method)) is not None), None)
     if blocker is not None:
-        protocol = digest([part.digest() for part in _protocols(keys, kind)])
         record = make_record(keys, kind, protocol, status="skipped", reason=blocker)
     else:
-        job = JOBS[kind](keys)
+        job = prepare(keys)
         outcome = attempt(job.measure, keys.record(kind))
         scores = outcome.value or Scores((), {"traceback": list(outcome.traceback)})
         status, reason = outcome.status, outcome.reason
@@ -68,7 +73,7 @@ def score_job(keys: Keys, kind: str) -> Record:
             reason=reason,
             measurements=() if bad else tuple(scores.measurements),
             details=scores.details,
-            provenance=collect(job.inputs, score_code(kind), keys.layout.root),
+            provenance=collect(job.inputs, code, keys.layout.root),
         )
     write_record(keys.record(kind), record)
     refresh_cards(keys)
@@ -121,14 +126,14 @@ def checkpoint_of(keys: Keys, method: str) -> tuple[Path, str]:
 
 
 def load(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint, on the GPU where there is one."""
+    """Model and tokenizer of a checkpoint, on the GPU where there is one, as far as it fits."""
     import torch
 
     from mobie.packing.checkpoint import load_model
+    from mobie.scoring.placement import place
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(folder, getattr(torch, dtype))
-    return model.to(device), tokenizer
+    return place(model), tokenizer
 
 
 def _perplexity(keys: Keys) -> Job:
@@ -193,7 +198,7 @@ def _benchmark_files(keys: Keys, group: str, sources: Sequence[Source]) -> tuple
         return file, keys.layout.mirror, inputs | {"mirror": file_hash(keys.layout.mirror_stamp)}
     for source in sources:
         checked_source(source.name, keys.layout)
-    return file, keys.layout.hub_data, inputs | {source.name: source.version for source in sources}
+    return file, keys.layout.hub_data, inputs | {source.name: source_version(source, keys.layout) for source in sources}
 
 
 def hard_sources(keys: Keys) -> tuple[Source, ...]:

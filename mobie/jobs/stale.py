@@ -79,6 +79,11 @@ def score_code(kind: str) -> str:
     return code_hash([SETTINGS, "mobie.packing.checkpoint", *SCORERS[kind]])
 
 
+def gate_code() -> str:
+    """Digest of the code behind the protocol gate: perplexities of its grid, and how they are held against entries."""
+    return code_hash([SETTINGS, "mobie.packing.checkpoint", "mobie.data.texts", "mobie.scoring.reproduce"])
+
+
 def code_samples_code() -> str:
     """Digest of the code that lets a model write programs."""
     return code_hash([SETTINGS, *WRITTEN])

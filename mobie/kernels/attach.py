@@ -41,7 +41,9 @@ HEAD_BITS = 8
 UNDO = "_mobie_undo"  # attribute of an attached model
 
 #: RMSNorms that compute `weight · (x / rms(x))` as `rms_norm` does, by name of their class
-NORMS = frozenset({"OlmoeRMSNorm", "Qwen2MoeRMSNorm", "Qwen3MoeRMSNorm", "MixtralRMSNorm", "DeepseekV2RMSNorm"})
+NORMS = frozenset(
+    {"OlmoeRMSNorm", "Qwen2MoeRMSNorm", "Qwen3MoeRMSNorm", "MixtralRMSNorm", "DeepseekV2RMSNorm", "LlamaRMSNorm"}
+)
 
 
 def _as_configured(router: nn.Module) -> tuple[bool, float]:
@@ -59,6 +61,7 @@ ROUTERS: dict[str, Callable[[nn.Module], tuple[bool, float]]] = {
     "OlmoeTopKRouter": _as_configured,
     "Qwen2MoeTopKRouter": _as_configured,
     "Qwen3MoeTopKRouter": _as_configured,
+    "Qwen3NextTopKRouter": _as_configured,
     "MixtralTopKRouter": lambda _: (True, 1.0),
     "DeepseekV2TopkRouter": _greedy,
 }
@@ -254,8 +257,7 @@ def attach_dense(model: nn.Module) -> AttachReport:
             weight = module._parameters.get("gate_up_proj")
             if weight is None or not hasattr(module, "has_gate"):
                 continue
-            if module.has_bias or module.is_transposed or not module.has_gate or _activation(module) != ACTIVATION:
-                raise UnsupportedError(f"{name}: {type(module).__name__} has biases, transposed weights or no SwiGLU")
+            _require_swiglu(name, module)
             report.operations = name_of(operations(weight.device, weight.dtype))
             report.kernels.append(name)
             changes.set(module.config, "_experts_implementation", DENSE)
@@ -326,6 +328,19 @@ def _activation(experts: nn.Module) -> str:
     return experts.config.hidden_act
 
 
+def _require_swiglu(name: str, experts: nn.Module) -> None:
+    """Raise UnsupportedError for dense experts that no kernel reads."""
+    if experts.is_transposed or not experts.has_gate or _activation(experts) != ACTIVATION:
+        raise UnsupportedError(f"{name}: {type(experts).__name__} has transposed weights or no SwiGLU")
+    _require_no_bias(f"{name}: {type(experts).__name__}", experts)
+
+
+def _require_no_bias(name: str, experts: nn.Module) -> None:
+    """Raise UnsupportedError for biases, with which GPT-OSS has clamps inside its SwiGLU, too."""
+    if experts.has_bias:
+        raise UnsupportedError(f"{name}: experts with biases; the kernels compute `down(silu(gate x) · up x)` only")
+
+
 def _attach_kernels(model: nn.Module, activations: Activations, report: AttachReport, changes: _Changes) -> None:
     for name, module in list(_packed_modules(model)):
         ops = operations(_device(module), module.dtype)
@@ -350,6 +365,7 @@ def _attach_kernels(model: nn.Module, activations: Activations, report: AttachRe
 def _kernel_of(module: PackedWeights, ops: ModuleType, activations: Activations) -> LinearKernel | ExpertsKernel | None:
     """The kernel of a packed module; None for a router. Raises UnsupportedError for a format without kernel."""
     if isinstance(module, PackedExperts):
+        _require_no_bias(type(module).__name__, module)
         layout = lay_out_experts(module.packed, _activation(module))
         return ExpertsKernel(layout, ops, activations, _device(module))
     if isinstance(module, PackedLinear):

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from mobie.errors import DataError, unknown_name
 from mobie.models import OWN_FILES
+from mobie.models.experts import EXPERT_PARAMETERS
 from mobie.packing import bank, binary, dense, grid  # noqa: F401 (registers the formats)
 from mobie.packing.base import FORMATS, Packed
 from mobie.packing.dense import Dense16
@@ -48,8 +49,6 @@ MANIFEST = "manifest.json"
 THREADS_FROM = 1 << 28  # bytes; below, threads do not pay
 METADATA = "mobie"  # name of the one metadata entry of a safetensors file
 QUANTIZE_AGAIN = "quantize again with this version"
-#: parameters of the library's experts modules
-EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,

@@ -18,6 +18,7 @@ from mobie.packing.checkpoint import (
 from mobie.storage import atomic_write, write_bytes, write_json
 
 QUANT_METHOD = "mobie"  # value of `quant_method` in config.json
+PUBLISHED = ("gpt_oss", "mxfp4")  # a model of which no files in 16 bits exist; read by `models.mxfp4`
 CONFIG = "config.json"
 CARD = "README.md"
 INDEX = "model.safetensors.index.json"
@@ -28,9 +29,11 @@ EDITABLE = frozenset({GENERATION_CONFIG, CARD})
 
 
 def refuse_quantized(model_folder: Path) -> None:
-    """Raise DataError for a model that is quantized already."""
-    found = _read_config(model_folder).get("quantization_config")
-    if found is not None:
+    """Raise DataError for a model that is quantized already; GPT-OSS in MXFP4 is as its makers published it."""
+    config = _read_config(model_folder)
+    found = config.get("quantization_config")
+    published = isinstance(found, dict) and (config.get("model_type"), found.get("quant_method")) == PUBLISHED
+    if found is not None and not published:
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise DataError(
             f"{model_folder / CONFIG}: the model is quantized already (quant_method {method!r}); expected a model in "
@@ -67,6 +70,7 @@ def finish_folder(model_folder: Path, out: Path, model: Any, method: Method, *, 
         with atomic_write(out / GENERATION_CONFIG) as temporary:
             model.generation_config.save_pretrained(temporary.parent)  # under this very name
     config = _read_config(model_folder) | {"quantization_config": quantization_config(method, blocks)}
+    config.pop("auto_map", None)  # names code in the original's folder, which is not copied
     write_json(out / CONFIG, config)
     write_json(out / INDEX, _index(out, blocks))
     side_files = [out / CONFIG, out / INDEX, *(file for file in copied if file.name not in EDITABLE)]

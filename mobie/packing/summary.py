@@ -13,6 +13,7 @@ from mobie.packing.base import BitLedger, Packed
 COMPONENTS = (
     ("experts.", "experts"),
     ("linears.self_attn.", "attention"),
+    ("linears.linear_attn.", "attention"),
     ("linears.mlp.shared_expert", "shared_experts"),
 )
 QUANTILES = {"minimum": 0.0, "median": 0.5, "p95": 0.95, "maximum": 1.0}

@@ -92,7 +92,7 @@ def rebuild_command(archive: Path, out: Path | None) -> None:
     status 2 where a file differs; the files are kept then.
 
     \b
-    python -m mobie rebuild results/mobie-smoke-0.2.0.zip
+    python -m mobie rebuild results/mobie-smoke-0.3.0.zip
     python -m mobie rebuild paper.zip --out paper
     """
     set_environment()

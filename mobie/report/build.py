@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mobie.comparable import comparability, gated_models
 from mobie.figures import FIGURES, collect_figure, figure_records
 from mobie.figures.figure import FigureData, to_csv
 from mobie.figures.seal import read_svg
@@ -121,6 +122,11 @@ def suite_warnings(results: Results) -> list[str]:
     limit = results.protocol.tasks.limit
     if limit is not None:
         found.append(f"At most {limit} items of every task are scored.")
+    found += [
+        f"**{model.label}** is {told.sentence}."
+        for model in gated_models(results)
+        if model.in_paper and (told := comparability(results, model)).state != "yes"
+    ]
     return found
 
 

@@ -79,10 +79,10 @@ def table_view(table: Table, tidy: Tidy) -> TableView:
     for model, model_rows in table.groups.items():
         for section, rows in sections(model_rows).items():
             for group, columns in table.column_groups.items():
-                grids.append(_grid(table, (model, section, group), rows, columns, tidy))
+                grids.append(_grid(table, (table.marked(model), section, group), rows, columns, tidy))
             measured = [row for row in rows if row.config and any(c.key in row.cells for c in table.extra)]
             if measured:
-                name = (model, section, "beside the paper's columns")
+                name = (table.marked(model), section, "beside the paper's columns")
                 grids.append(_grid(table, name, measured, table.extra, tidy))
     return TableView(table, tuple(grids), _papers_grid(table), _holes(table))
 

@@ -19,6 +19,7 @@ def claim_about(claim: ClaimVerdict, tidy: Tidy) -> str:
         "Reason": claim.reason,
         "How it is read": claim.note,
         "Measured in its place": claim.proxy,
+        "Protocol gate": claim.gate,
         "Tolerance": claim.tolerance_source,
     }
     about = {

@@ -12,7 +12,7 @@ from mobie.options import SUITE, verb
 @click.argument("name")
 @SUITE
 def table_command(name: str, suite: str) -> None:
-    """Build a table of a suite (table1 … table11, sensitivity, speed) from the records that exist.
+    """Build a table of a suite (table1 … table11, sensitivity, speed, gate) from the records that exist.
 
     What is missing is a hole with its reason. Needs no model.
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mobie.errors import UnsupportedError
+
 #: name of the attention implementation, for `model.set_attn_implementation`
 GROUPED = "mobie-grouped"
 
@@ -35,9 +37,14 @@ def grouped_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """query `(batch, heads, tokens, size)`, key and value `(batch, key heads, slots, size)` → `(batch, tokens, heads,
-    size)`; the mask is shared by all heads, `(batch or 1, 1, tokens, slots)`."""
+    size)`; the mask is shared by all heads, `(batch or 1, 1, tokens, slots)`.
+
+    Raises UnsupportedError for attention with sinks.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if options.get("s_aux") is not None:  # GPT-OSS: a logit per head that takes part in the softmax
+        raise UnsupportedError(f"attention with sinks as {GROUPED!r}; use model.set_attn_implementation('eager')")
     batch, heads, tokens, _ = query.shape
     key_heads = key.shape[1]
     if tokens > 1 or heads == key_heads or attention_mask is None:

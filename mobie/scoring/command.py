@@ -1,11 +1,11 @@
-"""The verbs `score-KIND`: each scores one stored checkpoint and writes a record; they differ in their help alone."""
+"""The verbs `score-KIND`, which score one stored checkpoint each and differ in their help alone, and `gate`."""
 
 from __future__ import annotations
 
 import click
 
 from mobie.determinism import make_deterministic
-from mobie.options import checked_keys, keys_options, show_record, verb
+from mobie.options import MODEL, SUITE, checked_keys, keys_options, show_record, verb
 
 COMPARED = "Needs the checkpoint of the method `fp16` beside that of METHOD."
 #: kind of score → what it measures, what it needs; a method to show
@@ -54,3 +54,34 @@ def score_command(kind: str) -> click.Command:
 
 
 score_commands = [score_command(kind) for kind in SCORES]
+
+
+@verb(name="gate")
+@MODEL
+@SUITE
+def gate_command(suite: str, model: str | None) -> None:
+    """Find the protocol under which a model in full precision reproduces the paper's row of it.
+
+    Scores perplexity under a grid of windows, separators and BOS policies, takes `acc` and `acc_norm` from the
+    zero-shot record, and holds each against the printed entry. The model's results are marked as comparable with the
+    paper's or not, in tables, verdicts, report and model cards; no job waits for the answer. Needs the checkpoint and
+    the zero-shot record of the method `fp16`.
+
+    \b
+    python -m mobie gate --model nano-olmoe
+    python -m mobie gate --suite paper --model olmoe-1b-7b
+    """
+    keys = checked_keys(suite, model, None)
+    make_deterministic()
+    from mobie.jobs.gate import gate_job
+
+    record = gate_job(keys)
+    show_record(record)
+    if record.ok:
+        for entry in record.details["comparisons"]:
+            mark = "reproduces" if entry["reproduces"] else "is off"
+            click.echo(
+                f"  {entry['name']:32} {mark} {entry['column']} {entry['printed']} by {entry['distance']:+.2f}"
+                f" (allowed {entry['tolerance']:.2f}; {entry['tables']})"
+            )
+        click.echo(f"comparable: {record.details['comparable']}: {record.details['why']}")

@@ -121,10 +121,11 @@ def layer_bytes(adapter: Adapter, module: nn.Module, packed: PackedBlock, within
     if experts_module is None:
         return LayerBytes(always)
     count = int(experts_module.num_experts)
+    kept = sum(nbytes(parameter) for name, parameter in own.items() if name.startswith(prefix)) // count
     if not packed.experts:
-        each = sum(nbytes(parameter) for name, parameter in own.items() if name.startswith(prefix)) // count
-        return LayerBytes(always, (each,) * count)
+        return LayerBytes(always, (kept,) * count)
     parts = [bank_bytes(bank, count) for bank in packed.experts.values()]
+    parts.append((0, [kept] * count))  # biases
     experts = tuple(map(sum, zip(*(each for _, each in parts), strict=True)))
     return LayerBytes(always + sum(shared for shared, _ in parts), experts)
 

@@ -19,6 +19,7 @@ from mobie.methods.fp16 import FP16
 from mobie.methods.mobie import MoBiE
 from mobie.methods.mobie.cejd import choose_side
 from mobie.models.base import Adapter
+from mobie.models.experts import expert_count, expert_inputs
 from mobie.packing.bank import GATE_UP, PackedBank, SymmetricRows
 from mobie.packing.base import FORMATS, Packed
 from mobie.packing.binary import BinaryMatrix
@@ -122,11 +123,12 @@ def _arb_rc(size: tuple[int, int], block_size: int, tensors: RandomTensors) -> B
 
 def _random_experts(method: MoBiE, experts: nn.Module, tensors: RandomTensors) -> dict[str, PackedBank]:
     """Banks of a layer from the shapes of the library's fused parameters."""
-    count, double, hidden = experts.gate_up_proj.shape
-    shapes = {"gate": (count, double // 2, hidden), "up": (count, double // 2, hidden)}
+    count, inputs = expert_count(experts), expert_inputs(experts)
+    hidden, width = inputs["gate"], inputs["down"]
+    shapes = {"gate": (count, width, hidden), "up": (count, width, hidden)}
     if method.joint_svd == "fused_gate_up":
-        shapes = {GATE_UP: (2 * count, double // 2, hidden)}
-    shapes["down"] = (count, *experts.down_proj.shape[1:])
+        shapes = {GATE_UP: (2 * count, width, hidden)}
+    shapes["down"] = (count, hidden, width)
     return {name: _random_bank(method, *shape, tensors) for name, shape in shapes.items()}
 
 

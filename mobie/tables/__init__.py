@@ -6,8 +6,11 @@ A module has `build(results: Results) -> Table`. To add a table is to add a file
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
+from mobie.comparable import TABLES as GATED
+from mobie.comparable import comparability
 from mobie.errors import ConfigError, unknown_name
 from mobie.paths import Layout
 from mobie.results import Results
@@ -27,6 +30,7 @@ TABLES = (
     "table11",
     "sensitivity",
     "speed",
+    "gate",
 )
 
 
@@ -39,7 +43,11 @@ def build_table(name: str, results: Results) -> Table:
     """
     if name not in TABLES:
         raise ConfigError(unknown_name("table", name, TABLES))
-    return importlib.import_module(f"mobie.tables.{name}").build(results)
+    table: Table = importlib.import_module(f"mobie.tables.{name}").build(results)
+    if name not in GATED:
+        return table
+    there = [model for model in table.models if model.absent is None]
+    return replace(table, gate={model.label: comparability(results, model) for model in there})
 
 
 def table_records(name: str, suite: str, layout: Layout) -> list[Path]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
+from mobie.config import ModelConfig
 from mobie.paper.printed import same_model
 from mobie.paths import PACKAGE, embedded_model
 from mobie.results import Model
@@ -22,6 +23,7 @@ class Architecture:
     intermediate:   width of one routed expert.
     routed_experts: of one layer; `top_k` of them read a token.
     shared_experts: of one layer, which read every token.
+    dense_layers:   layers of `layers` without experts.
     """
 
     model: str
@@ -31,6 +33,9 @@ class Architecture:
     routed_experts: int
     shared_experts: int
     top_k: int
+    layers: int
+    dense_layers: int
+    vocabulary: int
 
 
 @cache
@@ -54,13 +59,28 @@ def embedded_architecture(model: Model) -> Architecture | None:
     """The shape of a model that ships in the package; None for another."""
     if model.config is None or model.config.source != "embedded":
         return None
-    config = json.loads((embedded_model(model.config.repo) / "config.json").read_text(encoding="utf-8"))
+    return replace(_embedded(model.config), model=model.label)
+
+
+def architecture_of(config: ModelConfig) -> Architecture | None:
+    """The shape of a model from files alone: of one that ships in the package or is the paper's; None for others."""
+    if config.source == "embedded":
+        return _embedded(config)
+    label = config.label
+    return None if label is None else next((a for a in architectures() if same_model(a.model, label)), None)
+
+
+def _embedded(model: ModelConfig) -> Architecture:
+    config = json.loads((embedded_model(model.repo) / "config.json").read_text(encoding="utf-8"))
     return Architecture(
-        model.label,
-        model.config.parameters,
+        model.repo,
+        model.parameters,
         config["hidden_size"],
         config["intermediate_size"],
         config["num_experts"],
         config.get("n_shared_experts", 0),
         config["num_experts_per_tok"],
+        config["num_hidden_layers"],
+        0,
+        config["vocab_size"],
     )

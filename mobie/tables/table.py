@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from mobie.comparable import Comparability
 from mobie.paper.printed import printed_rows
 from mobie.paths import Layout
 from mobie.results import Cell, Model, Results
@@ -24,10 +25,10 @@ from mobie.results import Cell, Model, Results
 Item = TypeVar("Item")
 LONG_COLUMNS = (
     *("suite", "table", "model", "section", "row", "config", "column", "ours", "stderr", "n", "chance", "at_chance"),
-    *("paper", "difference", "tolerance", "verdict", "status", "reason", "record"),
+    *("paper", "difference", "tolerance", "verdict", "comparable", "status", "reason", "record"),
 )
 TOLERANCE_STDERRS = 2.0
-CHANCE_MARK, OWN_MARK = "†", "*"
+CHANCE_MARK, OWN_MARK, GATE_MARK = "†", "*", "‡"
 CHECK, NO_CHECK = "✓", ""
 FLAGS = {"true": CHECK, "false": NO_CHECK}  # how a flag of the paper's CSV is shown
 LATEX = {
@@ -39,6 +40,7 @@ LATEX = {
     ">": "$>$",
     "±": r"$\pm$",
     "†": r"$\dagger$",
+    "‡": r"$\ddagger$",
     "✓": r"$\checkmark$",
     "×": r"$\times$",
     "·": r"$\cdot$",
@@ -146,6 +148,7 @@ class Table:
     section:   heading of the sections' column; empty where rows have none.
     label:     heading of the rows' labels for people; empty: `row_label` in words.
     flat:      each row is a model: one grid without a heading for each.
+    gate:      model → whether its values can be compared with the paper's; empty where that is no question.
     """
 
     name: str
@@ -160,6 +163,7 @@ class Table:
     section: str = ""
     label: str = ""
     flat: bool = False
+    gate: Mapping[str, Comparability] = field(default_factory=dict)
 
     @property
     def heading(self) -> str:
@@ -183,6 +187,20 @@ class Table:
     def groups(self) -> dict[str, list[Row]]:
         """Rows by model, in order; all together where each row is a model."""
         return _grouped(self.rows, lambda row: "" if self.flat else row.model)
+
+    def marked(self, model: str) -> str:
+        """Heading of a model's rows, with a mark unless they can be compared with the paper's."""
+        found = self.gate.get(model)
+        return model if found is None or found.state == "yes" else f"{model} {GATE_MARK}"
+
+    @property
+    def gate_lines(self) -> list[str]:
+        """What the protocol gate says of each model, behind the mark that its heading has."""
+        lines = []
+        for model, found in self.gate.items():
+            mark = self.marked(model).removeprefix(model).strip()
+            lines.append(f"{mark} {model}: {found.sentence}.".strip())
+        return lines
 
     @property
     def has_paper(self) -> bool:
@@ -284,9 +302,11 @@ def to_long_csv(table: Table) -> str:
 
 def _long_lines(table: Table) -> Iterator[dict[str, str]]:
     for row in table.rows:
+        gate = table.gate.get(row.model)
         for column in table.columns:
             cell, text = row.cells.get(column.key), row.texts.get(column.key)
             place = {"suite": table.suite, "table": table.name, "model": row.model, "section": row.section}
+            place |= {} if gate is None else {"comparable": gate.state}
             line = {**place, "row": row.label, "config": row.config, "column": column.key}
             if text is not None:
                 yield {**line, "ours": text, "status": "ok", "record": cell.record if cell else ""}
@@ -419,7 +439,7 @@ def to_markdown(table: Table) -> str:
     footnotes = Footnotes()
     lines = [f"# {table.heading}", "", *(f"- {note}" for note in table.notes), *([""] if table.notes else [])]
     for model, model_rows in table.groups.items():
-        lines += [] if table.flat else [f"## {model}", ""]
+        lines += [] if table.flat else [f"## {table.marked(model)}", ""]
         for section, rows in sections(model_rows).items():
             lines += [f"### {section}", ""] if section else []
             for group, columns in table.column_groups.items():
@@ -428,6 +448,7 @@ def to_markdown(table: Table) -> str:
             measured = [row for row in rows if row.config and any(c.key in row.cells for c in table.extra)]
             if measured:
                 lines += ["Beside the paper's columns:", "", *grid(measured, table.extra)]
+    lines += [f"{_inert(line)}  " for line in table.gate_lines]
     lines += [f"{line}  " for line in (*table.legend, *_marks(table))]
     lines += ["", *(f"{_inert(line)}  " for line in footnotes.lines())] if footnotes.lines() else []
     lines += ["", *_papers_table(table)]
@@ -469,9 +490,11 @@ def to_latex(table: Table) -> str:
     for model, model_rows in table.groups.items():
         for section, rows in sections(model_rows).items():
             for group, columns in table.column_groups.items():
-                title = " ".join(name if name[-1] in ".?!" else f"{name}." for name in (model, section, group) if name)
+                title = " ".join(
+                    name if name[-1] in ".?!" else f"{name}." for name in (table.marked(model), section, group) if name
+                )
                 parts.append((title, _latex_grid(table, rows, used(rows, columns), footnotes)))
-    told = " ".join([*table.notes, *table.legend, *_marks(table), *footnotes.lines()])
+    told = " ".join([*table.notes, *table.gate_lines, *table.legend, *_marks(table), *footnotes.lines()])
     lines = [r"% \usepackage{amssymb, booktabs}"]
     for index, (title, grid) in enumerate(parts, start=1):
         caption = f"{table.heading}. {title}" + (f" {told}" if index == len(parts) else "")

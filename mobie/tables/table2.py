@@ -6,23 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from mobie.config import MethodConfig, PaperRow
 from mobie.config import Row as SuiteRow
+from mobie.paper.baseline import PERPLEXITY as PERPLEXITY
+from mobie.paper.baseline import TASK_METRICS as TASK_METRICS
 from mobie.paper.printed import printed, printed_rows
 from mobie.results import Cell, Model, Results, average
 from mobie.tables.table import Column, Row, Table, model_notes, stand_in_note
 
-#: Which of lm-eval's metrics stands in a column. The paper does not say. Its full-precision entries for HellaSwag
-#: (78.21 for OLMoE) and ARC-Challenge (49.23) are as high as length-normalised scoring gives for such models; the
-#: harness has no `acc_norm` for LAMBADA and WinoGrande. For ARC-Easy and PIQA the two metrics lie close together, so
-#: `acc`, the customary one, is a reading that the entries do not settle. Records keep both metrics.
-TASK_METRICS = {
-    "arc_easy": "acc",
-    "arc_challenge": "acc_norm",
-    "hellaswag": "acc_norm",
-    "lambada_openai": "acc",
-    "lambada_standard": "acc",
-    "piqa": "acc",
-    "winogrande": "acc",
-}
 TASK_HEADINGS = {
     "arc_easy": "ARC-e",
     "arc_challenge": "ARC-c",
@@ -32,7 +21,7 @@ TASK_HEADINGS = {
     "piqa": "PIQA",
     "winogrande": "WinoGrande",
 }
-AVERAGE, PERPLEXITY = "avg7", "wikitext2_ppl"
+AVERAGE = "avg7"
 BITS = {"bits": "bits_paper", "bits_codes": "bits_codes", "bits_stored": "bits_stored"}  # column → measurement
 BITS_COLUMNS = (Column("bits", "Bits"),)
 STORED_COLUMNS = (Column("bits_codes", "codes", extra=True), Column("bits_stored", "stored", extra=True))

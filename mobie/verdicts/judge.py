@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mobie.comparable import KINDS as GATED
+from mobie.comparable import comparability
 from mobie.paper.audit import Report, audit
 from mobie.paper.printed import same_model
 from mobie.paths import Layout
@@ -77,6 +79,8 @@ class Case:
     compared:         with what, in words.
     beside:           shown only; the verdict does not rest on it.
     basis, gaps:      what the tolerance rests on, and what it leaves out.
+    gate:             why a model of the paper's has numbers that may not be compared with the printed ones; empty
+                      where they may, or no protocol of the gate's decides them.
     """
 
     label: str
@@ -93,6 +97,7 @@ class Case:
     gaps: tuple[str, ...] = ()
     reason: str = ""
     records: tuple[str, ...] = ()
+    gate: str = ""
 
     @property
     def shown(self) -> str:
@@ -125,13 +130,22 @@ class ClaimVerdict:
         return "; ".join([*basis, *(f"not in it: {gap}" for gap in gaps)])
 
     @property
+    def gate(self) -> str:
+        """Which of its models have numbers that may not be compared with the paper's, and why; empty where none has."""
+        return "; ".join(dict.fromkeys(case.gate for case in self.cases if case.gate))
+
+    @property
     def records(self) -> tuple[str, ...]:
         """Records behind the values, in order."""
         return tuple(dict.fromkeys(record for case in self.cases for record in case.records))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self) | {"tolerance_source": self.tolerance_source, "records": self.records}
+        return asdict(self) | {
+            "tolerance_source": self.tolerance_source,
+            "records": self.records,
+            "gate": self.gate,
+        }
 
 
 @dataclass(frozen=True)
@@ -257,6 +271,7 @@ def run_check(reader: Reader, check: Check, tests: int) -> Iterator[Case]:
 def _case(reader: Reader, check: Check, models: Sequence[Model], names: dict[str, str], tests: int) -> Case:
     reader.used.clear()
     found = _values(reader, check, models, names)
+    gate = _gate(reader.results, models, reader.used)
     hole = first_hole(found.values())
     label = _put_in(check.name, names)
     scope: Scope = "paper" if all(model.in_paper for model in models) else "nano"
@@ -269,6 +284,7 @@ def _case(reader: Reader, check: Check, models: Sequence[Model], names: dict[str
         "digits": check.digits,
         "beside": check.beside,
         "compared": "; ".join(f"{kind} {relation}" for kind, relation in compared.items()),
+        "gate": gate,
     }
     if hole is not None:
         return Case(**told, outcome="missing", value=None, tolerance=None, reason=hole.reason)
@@ -290,6 +306,18 @@ def _case(reader: Reader, check: Check, models: Sequence[Model], names: dict[str
         reason="no accuracy in it is above chance" if blind and compared else "",
         records=tuple(reader.used),
     )
+
+
+def _gate(results: Results, models: Sequence[Model], records: Iterable[str]) -> str:
+    """What the protocol gate has against comparing these numbers with the printed ones.
+
+    All of the paper's models are asked for, so that a plan lists their records; of others the verdict says what they
+    are.
+    """
+    found = {model.label: comparability(results, model) for model in models if model.in_paper and model.absent is None}
+    if GATED.isdisjoint(Path(record).stem for record in records):
+        return ""
+    return "; ".join(f"{label} is {found.sentence}" for label, found in found.items() if found.state != "yes")
 
 
 def _values(reader: Reader, check: Check, models: Sequence[Model], names: dict[str, str]) -> dict[str, Drawn | Hole]:
@@ -432,4 +460,7 @@ def _reason(outcome: Outcome, ours: Ours, cases: Sequence[Case], scope: Scope) -
         parts.append(f"Read as: {'; '.join(dict.fromkeys(read))}.")
     if ours.proxy is not None:
         parts.append(f"Measured in its place: {ours.proxy}.")
+    gates = dict.fromkeys(case.gate for case in cases if case.gate)
+    if gates:
+        parts.append(f"Protocol gate: {'; '.join(gates)}.")
     return " ".join(parts)

@@ -12,7 +12,19 @@ from mobie.tables.table import csv_text
 from mobie.verdicts.judge import MEANING, NOT_CHECKABLE, NOT_RUN, WORDS, Case, ClaimVerdict, Verdicts
 from mobie.verdicts.sampling import CONFIDENCE, RESAMPLES
 
-COLUMNS = ("id", "where", "claim", "paper", "ours", "values", "tolerance", "tolerance_source", "reason", "records")
+COLUMNS = (
+    "id",
+    "where",
+    "claim",
+    "paper",
+    "ours",
+    "values",
+    "tolerance",
+    "tolerance_source",
+    "gate",
+    "reason",
+    "records",
+)
 LONG_TABLE = 12  # rows; a longer table is folded
 INTERVALS = (
     f"Ours is a value ± half its {100 * CONFIDENCE:.0f} % interval, from {RESAMPLES} bootstrap resamples of windows or "
@@ -54,6 +66,7 @@ def _line(claim: ClaimVerdict) -> dict[str, str]:
         "values": "; ".join(f"{case.label} [{case.model}]: {case.shown}" for case in there),
         "tolerance": "; ".join(f"{case.tolerance:.{case.digits}f}" for case in there),
         "tolerance_source": claim.tolerance_source,
+        "gate": claim.gate,
         "reason": claim.reason,
         "records": " ".join(claim.records),
     }
@@ -95,6 +108,8 @@ def _section(claim: ClaimVerdict) -> list[str]:
     lines += [f"- the paper's own entries: {claim.paper}", f"- ours: **{claim.verdict}**. {escape(claim.reason)}"]
     if claim.note:
         lines.append(f"- how it is read: {escape(claim.note)}")
+    if claim.gate:
+        lines.append(f"- protocol gate: {escape(claim.gate)}")
     if claim.tolerance_source:
         lines.append(f"- tolerance: {escape(claim.tolerance_source)}")
     if claim.verdict != NOT_CHECKABLE or claim.records:

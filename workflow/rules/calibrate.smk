@@ -1,7 +1,7 @@
 # Calibration tokens of a model.
 rule calibrate:
     input:
-        model=lambda wildcards: model_inputs(wildcards),
+        model=model_inputs,
         text=lambda wildcards: text_source(wildcards.text),
     output:
         PATHS.calibration("{suite}", "{model}", "{text}", "{sequences}", "{length}", "{seed}"),
@@ -19,8 +19,3 @@ rule calibrate:
     shell:
         "{MOBIE} calibrate --suite {wildcards.suite} --model {wildcards.model} --seed {wildcards.seed}"
         " --text {wildcards.text} --sequences {wildcards.sequences} --length {wildcards.length} > {log} 2>&1"
-
-
-def model_inputs(wildcards):
-    keys = keys_of(wildcards)
-    return user_error(model_files)(keys.model, user_error(lambda: keys.model_config)(), PATHS)

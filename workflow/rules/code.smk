@@ -1,6 +1,6 @@
 # Programs that a model writes, and what becomes of them. Two jobs: writing needs the model (a GPU, where it is large);
 # running starts a container of its own and reads nothing of the model.
-from mobie.jobs.code import code_sources, sandbox_state
+from mobie.jobs.code import sandbox_state
 
 ASKED = str(config.get("unsandboxed", False)).lower()  # from the command line `true` comes as a word
 if ASKED not in ("true", "false"):
@@ -11,7 +11,7 @@ UNSANDBOXED = ASKED == "true"
 @user_error
 def problem_files(wildcards):
     """Downloads that hold the problems."""
-    return [PATHS.source(source) for source in code_sources(keys_of(wildcards))]
+    return needs.problem_files(keys_of(wildcards))
 
 
 @user_error

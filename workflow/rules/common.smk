@@ -11,13 +11,15 @@ from snakemake.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.settings import DeploymentMethod
 
 from mobie.config import load_suite
-from mobie.containers.apptainer import apptainer_environment
-from mobie.data.texts import TEXTS
+from mobie.containers.apptainer import apptainer_environment, bound
 from mobie.errors import MobieError
-from mobie.jobs import stale
+from mobie.fetching.mirror import lacks, mirror_folder
+from mobie.jobs import needs, stale
 from mobie.jobs.cost import estimate
-from mobie.jobs.keys import Keys, find_source, model_files
-from mobie.jobs.score import REFERENCE, benchmark_sources, hard_sources, uses_mirror
+from mobie.jobs.fetch import missing_in_mirror, repository_of
+from mobie.jobs.keys import Keys
+from mobie.jobs.score import REFERENCE
+from mobie.lock import locked_entry
 from mobie.paths import Layout
 from mobie.provenance import digest
 from mobie.sources import load_sources
@@ -68,11 +70,15 @@ def keys_of(wildcards):
 
 
 @user_error
+def model_inputs(wildcards):
+    """Files that stand for a full-precision model."""
+    return needs.model_inputs(keys_of(wildcards))
+
+
+@user_error
 def text_source(text):
     """File or folder that a text is read from."""
-    if text not in TEXTS:
-        raise WorkflowError(f"unknown text {text!r}; known: {', '.join(TEXTS)}")
-    return PATHS.source(find_source(TEXTS[text].source, PATHS))
+    return needs.text_source(text, PATHS)
 
 
 def memory(kind):
@@ -99,6 +105,15 @@ def minutes(kind):
 def gpus(wildcards):
     """GPUs that a job with a model asks for."""
     return keys_of(wildcards).model_config.resources.gpu
+
+
+MODELS = user_error(needs.chosen_models)(config.get("models"), PATHS)  # `--config models=A,B`: records of these alone
+GATE = 100  # priority of the protocol gate
+
+
+def priority_of_gate(wildcards):
+    """What the gate reads, the scores in full precision, goes before the other methods of all models."""
+    return GATE if wildcards.method == REFERENCE else 0
 
 
 SOURCES = user_error(load_sources)(PATHS.sources)

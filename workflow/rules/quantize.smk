@@ -1,15 +1,23 @@
 # Quantization, block by block. The record is the only declared output: Snakemake removes what is declared before a job
 # starts, and the finished blocks in checkpoint/ are what a killed job goes on from. The record holds the checkpoint's hash.
+# `--config device=cuda:0,cuda:1 memory=20GB` reaches the verb as its options.
+import shlex
+
+QUANTIZE_OPTIONS = "".join(
+    f" --{name} {shlex.quote(str(config[name]))}" for name in ("device", "memory") if name in config
+)
+
+
 rule quantize:
     input:
-        model=lambda wildcards: model_inputs(wildcards),
-        calibration=lambda wildcards: user_error(lambda: keys_of(wildcards).calibration)(),
+        lambda wildcards: user_error(needs.quantize_inputs)(keys_of(wildcards)),
     output:
         PATHS.record("{suite}", "{model}", "{method}", "{seed}", "quantize"),
     log:
         PATHS.log("{suite}", "{model}", "{method}", "s{seed}", "quantize"),
     benchmark:
         PATHS.benchmark("{suite}", "{model}", "{method}", "s{seed}", "quantize")
+    priority: priority_of_gate
     threads: 1
     resources:
         mem_mb=memory("quantize"),
@@ -19,7 +27,7 @@ rule quantize:
         stale=lambda wildcards: quantize_state(wildcards),
     shell:
         "{MOBIE} quantize --suite {wildcards.suite} --model {wildcards.model} --method {wildcards.method}"
-        " --seed {wildcards.seed} > {log} 2>&1"
+        " --seed {wildcards.seed}{QUANTIZE_OPTIONS} > {log} 2>&1"
 
 
 @user_error

@@ -1,14 +1,7 @@
 # Scores of a stored checkpoint. The record of its quantization stands for the checkpoint.
-from mobie.jobs.data import windows_path
-
-WITH_WINDOWS = {"perplexity", "routing", "shift"}  # read token windows of a text
-WITH_REFERENCE = {"routing", "shift", "cka"}  # compare with the full-precision checkpoint
-BENCHMARKS = {"tasks": benchmark_sources, "hard": hard_sources}  # where a kind's items come from
-
-
 rule windows:
     input:
-        model=lambda wildcards: model_inputs(wildcards),
+        model=model_inputs,
         text=lambda wildcards: text_source(wildcards.text),
     output:
         PATHS.windows("{suite}", "{model}", "{text}", "{protocol}"),
@@ -32,18 +25,7 @@ def score_inputs(kind):
 
     @user_error
     def inputs(wildcards):
-        keys = keys_of(wildcards)
-        found = [keys.record("quantize")]
-        if kind in WITH_REFERENCE:
-            found.append(PATHS.record(keys.suite, keys.model, REFERENCE, keys.seed, "quantize"))
-        if kind in WITH_WINDOWS:
-            protocols = getattr(keys.protocol, kind)
-            protocols = protocols if isinstance(protocols, tuple) else (protocols,)
-            found += [windows_path(keys, protocol) for protocol in protocols]
-        if kind in BENCHMARKS:
-            sources = BENCHMARKS[kind](keys)
-            found += [PATHS.mirror_stamp] if uses_mirror(sources) else [PATHS.source(s) for s in sources]
-        return list(dict.fromkeys(found))
+        return needs.score_inputs(keys_of(wildcards), kind)
 
     return inputs
 
@@ -72,6 +54,7 @@ for kind in stale.SCORERS:
             PATHS.log("{suite}", "{model}", "{method}", "s{seed}", kind),
         benchmark:
             PATHS.benchmark("{suite}", "{model}", "{method}", "s{seed}", kind)
+        priority: priority_of_gate if kind == "tasks" else 0
         threads: 1
         resources:
             mem_mb=memory(kind),

@@ -1,7 +1,6 @@
 # Tables and figures: records in, files out; seconds, no model. What a target reads is asked of the code that builds it.
-from mobie.figures import FIGURES, figure_records
-from mobie.tables import TABLES, table_records
-from mobie.verdicts import verdict_records
+from mobie.figures import FIGURES
+from mobie.tables import TABLES
 
 
 localrules:
@@ -19,9 +18,9 @@ def target_state(name):
 
 rule table:
     input:
-        lambda wildcards: user_error(table_records)(wildcards.table, SUITE, PATHS),
+        lambda wildcards: user_error(needs.table_inputs)(wildcards.table, SUITE, PATHS, MODELS),
     output:
-        [PATHS.table("{table}", suffix) for suffix in ("csv", "md", "tex", "long.csv")],
+        [PATHS.table("{table}", suffix) for suffix in needs.TABLE],
     log:
         PATHS.log("tables", "{table}"),
     wildcard_constraints:
@@ -36,9 +35,9 @@ rule table:
 
 rule figure:
     input:
-        lambda wildcards: user_error(figure_records)(wildcards.figure, SUITE, PATHS),
+        lambda wildcards: user_error(needs.figure_inputs)(wildcards.figure, SUITE, PATHS, MODELS),
     output:
-        [PATHS.figure("{figure}", suffix) for suffix in ("svg", "pdf", "png", "csv")],
+        [PATHS.figure("{figure}", suffix) for suffix in needs.FIGURE],
     log:
         PATHS.log("figures", "{figure}"),
     wildcard_constraints:
@@ -53,9 +52,9 @@ rule figure:
 
 rule claims:
     input:
-        lambda _: user_error(verdict_records)(SUITE, PATHS),
+        lambda _: user_error(needs.claims_inputs)(SUITE, PATHS, MODELS),
     output:
-        [PATHS.table("claims", suffix) for suffix in ("csv", "md", "json")],
+        [PATHS.table("claims", suffix) for suffix in needs.CLAIMS],
     log:
         PATHS.log("claims"),
     threads: 1
@@ -69,10 +68,7 @@ rule claims:
 # The report reads every record by itself, logs too; what it is made of is declared so that it comes last.
 rule report:
     input:
-        [PATHS.table(table, "csv") for table in TABLES],
-        [PATHS.figure(figure, "svg") for figure in FIGURES],
-        rules.claims.output,
-        rules.audit.output,
+        needs.report_inputs(PATHS),
     output:
         PATHS.report,
     log:

@@ -1,0 +1,122 @@
+"""What watches one block while it runs: hooks on its Linears, and on its experts, whose inputs are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mobie.calibration.store import ActivationStore
+from mobie.models.experts import expert_count, expert_inputs, project
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What an observer must know of a block and of the tokens that will pass it.
+
+    linear_groups: modules with a `weight (out, in)`, by name, grouped by shared input.
+    experts:       the fused experts module, or None in a dense block.
+    sequences, length, batches: `sequences · length` calibration tokens come in so many batches.
+    """
+
+    linear_groups: Sequence[Mapping[str, nn.Module]]
+    experts: nn.Module | None
+    sequences: int
+    length: int
+    batches: int
+
+    def input_features(self) -> dict[str, int]:
+        """Input features of the experts' projections; empty in a dense block."""
+        return {} if self.experts is None else expert_inputs(self.experts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return next(iter(self.linear_groups[0].values())).weight.device
+
+
+@dataclass
+class ExpertRows:
+    """What the experts of a layer are given, kept once: an expert's share of it is gathered when it is asked for.
+
+    everyone: every expert is shown every token, not only those that are routed to it.
+    """
+
+    module: nn.Module
+    store: ActivationStore
+    name: str
+    everyone: bool = False
+    routes: list[Tensor] = field(default_factory=list)  # per batch `(tokens, k)`, the expert of each slot
+
+    def add(self, hidden: Tensor, top_k_index: Tensor) -> None:
+        """Take the rows `(tokens, hidden)` of a batch and the experts they go to."""
+        self.store.put(self._key(len(self.routes)), hidden)
+        self.routes.append(top_k_index.cpu())
+
+    def _key(self, batch: int) -> str:
+        return f"{self.name}-{batch:05d}"
+
+    def tokens(self) -> list[int]:
+        """How many tokens each expert is shown."""
+        count = expert_count(self.module)
+        if self.everyone:
+            return [sum(map(len, self.routes))] * count
+        return [sum(int((route == expert).sum()) for route in self.routes) for expert in range(count)]
+
+    def of(self, projection: str, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs `(rows, in)` of one projection of an expert and the tokens they belong to, batch by batch."""
+        offset = 0
+        for batch, route in enumerate(self.routes):
+            # slots before tokens: the library's order
+            token = torch.arange(len(route)) if self.everyone else torch.where((route == expert).T)[1]
+            if len(token):
+                x = self.store.get(self._key(batch))[token].to(self.module.down_proj.device)
+                yield self._input(projection, expert, x), token + offset
+            offset += len(route)
+
+    @torch.no_grad()
+    def _input(self, projection: str, expert: int, x: Tensor) -> Tensor:
+        if projection != "down":
+            return x
+        return self.module._apply_gate(project(self.module, "gate_up_proj", expert, x))
+
+    def drop(self) -> None:
+        """Forget the rows."""
+        for batch in range(len(self.routes)):
+            self.store.drop(self._key(batch))
+
+
+class BlockObserver:
+    """Counts the tokens that have passed, and hooks the inputs of Linears and experts."""
+
+    def __init__(self, watched: Mapping[str, nn.Module], rows: ExpertRows | None) -> None:
+        self._watched, self._rows = watched, rows
+        self._offset = 0  # first token of the running batch
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Install the hooks."""
+        handles = [
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: self._linear_input(name, args[0].flatten(0, -2))
+            )
+            for name, module in self._watched.items()
+        ]
+        if self._rows is not None:
+            rows = self._rows
+            handles.append(rows.module.register_forward_pre_hook(lambda _, args: rows.add(args[0], args[1])))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def next_batch(self, tokens: int) -> None:
+        """Say that a batch of so many tokens has passed."""
+        self._offset += tokens
+
+    def _linear_input(self, name: str, rows: Tensor) -> None:
+        raise NotImplementedError

@@ -1,0 +1,133 @@
+"""What a job or a target reads, from configuration alone: the rules and `python -m mobie plan` ask here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from mobie.config import config_names
+from mobie.data.texts import TEXTS
+from mobie.errors import ConfigError, unknown_name
+from mobie.figures import FIGURES, figure_records
+from mobie.jobs.code import code_sources
+from mobie.jobs.data import windows_path
+from mobie.jobs.gate import gate_keys
+from mobie.jobs.keys import Keys, find_source, model_files
+from mobie.jobs.score import COMPARED, REFERENCE, benchmark_sources, hard_sources, uses_mirror
+from mobie.paths import Layout
+from mobie.sources import Source
+from mobie.tables import TABLES, table_records
+from mobie.verdicts import verdict_records
+
+WITH_WINDOWS = frozenset({"perplexity", "routing", "shift"})  # kinds that read token windows of a text
+#: where a kind's items come from
+BENCHMARKS: dict[str, Callable[[Keys], tuple[Source, ...]]] = {"tasks": benchmark_sources, "hard": hard_sources}
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def model_inputs(keys: Keys) -> list[Path]:
+    """Files that stand for the full-precision model."""
+    return model_files(keys.model, keys.model_config, keys.layout)
+
+
+def text_source(text: str, layout: Layout) -> Path:
+    """File or folder that a text is read from. Raises `ConfigError` for an unknown text."""
+    if text not in TEXTS:
+        raise ConfigError(unknown_name("text", text, TEXTS))
+    return layout.source(find_source(TEXTS[text].source, layout))
+
+
+def quantize_inputs(keys: Keys) -> list[Path]:
+    """The model and its calibration tokens."""
+    return [*model_inputs(keys), keys.calibration]
+
+
+def score_inputs(keys: Keys, kind: str) -> list[Path]:
+    """The record of the quantization, which stands for the checkpoint, and what the kind of score reads beside it."""
+    found = [keys.record("quantize")]
+    if kind in COMPARED:
+        found.append(keys.layout.record(keys.suite, keys.model, REFERENCE, keys.seed, "quantize"))
+    if kind in WITH_WINDOWS:
+        protocols = getattr(keys.protocol, kind)
+        protocols = protocols if isinstance(protocols, tuple) else (protocols,)
+        found += [windows_path(keys, protocol) for protocol in protocols]
+    if kind in BENCHMARKS:
+        sources = BENCHMARKS[kind](keys)
+        if uses_mirror(sources):
+            found.append(keys.layout.mirror_stamp)
+        else:
+            found += [keys.layout.source(source) for source in sources]
+    return list(dict.fromkeys(found))
+
+
+def gate_inputs(keys: Keys) -> list[Path]:
+    """The checkpoint in 16 bits, which its record stands for, its zero-shot record, and the text of the grid."""
+    reference = gate_keys(keys)
+    text = text_source(keys.protocol.gate.text, keys.layout)
+    return [reference.record("quantize"), reference.record("tasks"), text]
+
+
+def problem_files(keys: Keys) -> list[Path]:
+    """Downloads that hold the programming problems."""
+    return [keys.layout.source(source) for source in code_sources(keys)]
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+def chosen_models(value: object, layout: Layout) -> tuple[str, ...] | None:
+    """Models of `--config models=A,B`, to which the records of a target are restricted; None: all.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    if value is None:
+        return None
+    names = tuple(map(str, value)) if isinstance(value, list | tuple) else tuple(str(value).split(","))
+    known = config_names("models", layout)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--config models: {unknown_name('model', name, known)}")
+    return names
+
+
+def _of_models(records: Iterable[Path], models: tuple[str, ...] | None) -> list[Path]:
+    """Records `…/MODEL/METHOD/sSEED/KIND.json` of some models."""
+    return [path for path in records if models is None or path.parents[2].name in models]
+
+
+def table_inputs(name: str, suite: str, layout: Layout, models: tuple[str, ...] | None = None) -> list[Path]:
+    """Records that a table reads; those of other models than `models` are holes in it."""
+    return _of_models(table_records(name, suite, layout), models)
+
+
+def figure_inputs(name: str, suite: str, layout: Layout, models: tuple[str, ...] | None = None) -> list[Path]:
+    """Records that a figure reads."""
+    return _of_models(figure_records(name, suite, layout), models)
+
+
+def claims_inputs(suite: str, layout: Layout, models: tuple[str, ...] | None = None) -> list[Path]:
+    """Records that the verdicts read."""
+    return _of_models(verdict_records(suite, layout), models)
+
+
+def report_inputs(layout: Layout) -> list[Path]:
+    """The report reads every record by itself, logs too; what it is made of is named so that it comes last."""
+    tables = [layout.table(name, "csv") for name in TABLES]
+    figures = [layout.figure(name, "svg") for name in FIGURES]
+    claims = [layout.table("claims", suffix) for suffix in CLAIMS]
+    return [*tables, *figures, *claims, *(layout.table("audit", suffix) for suffix in AUDIT)]
+
+
+def everything(layout: Layout) -> list[Path]:
+    """What the rule `all` asks for."""
+    return [*report_inputs(layout), layout.report]
+
+
+#: suffixes of the files that a target consists of
+TABLE = ("csv", "md", "tex", "long.csv")
+FIGURE = ("svg", "pdf", "png", "csv")
+CLAIMS = ("csv", "md", "json")
+AUDIT = ("json", "md")
