@@ -68,7 +68,7 @@ def _inverse_of_factor(matrix: Tensor) -> Tensor | None:
     size = len(matrix)
     if size <= DIRECT_WIDTH:
         lower, info = torch.linalg.cholesky_ex(matrix)
-        if info.item() or not lower.isfinite().all():
+        if info.item() or not lower.diagonal().isfinite().all():  # what is not finite in a row ends on its diagonal
             return None
         identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
         return torch.linalg.solve_triangular(lower, identity, upper=False)
