@@ -11,6 +11,7 @@
 - `results/SUITE/MODEL/METHOD/sSEED/`: checkpoint/ and one record per job;
   code_samples/ holds the programs that a model wrote
 - `results/reliability/`: what the harnesses of tests/reliability found; `RELIABILITY.md` is made of it
+- `benchmarks/records/`: committed records of the benchmarks
 - `results/published/SUITE/MODEL/METHOD/sSEED/`: committed records of a machine with a GPU
 - `results/table2.{csv,md,tex,long.csv}`: tables; `results/claims.{csv,md,json}`, `results/report.html`
 - `results/mobie-SUITE-VERSION.zip`: a published suite
@@ -169,6 +170,10 @@ class Layout:
     def finding(self, name: str) -> Path:
         """What a harness of tests/reliability found."""
         return self.root / "results" / "reliability" / f"{name}.json"
+
+    def measured(self, name: str) -> Path:
+        """Committed record of a benchmark."""
+        return self.root / "benchmarks" / "records" / f"{name}.json"
 
     @property
     def reliability(self) -> Path:

@@ -13,9 +13,10 @@ from mobie.config import default_layout
 from mobie.errors import DataError
 from mobie.figures.seal import seal_svg
 from mobie.paths import Layout
-from mobie.report.readme import PART, PARTS, fill_readme, markdown_table
+from mobie.report.markdown import markdown_table
+from mobie.report.readme import PART, PARTS, fill_readme
 from mobie.results import Results
-from mobie.storage import write_bytes
+from mobie.storage import write_bytes, write_json
 from mobie.tables import build_table
 from mobie.tables.table import write_table
 from mobie.verdicts import judge, write_claims
@@ -88,6 +89,22 @@ def test_table2_is_embedded_under_the_readmes_headings_without_the_papers_own(re
     markdown.write_text(markdown.read_text().replace("MoBiE", "MoBiF", 1))
     with pytest.raises(DataError, match=r"table2\.md: not what the records"):
         fill_readme(repository)
+
+
+def test_measured_blocks_are_told_as_the_record_has_them(repository: Layout) -> None:
+    method = {"cpu_seconds": 300.0, "statistics_seconds": 60.0, "peak_mb": 2048.0}
+    shape = {"experts": 4, "hidden": 8, "width": 6, "top_k": 2, "tokens": 32}
+    machine = {"cpu": "Abacus", "cores": 3, "memory_gb": 5}
+    loop = {"mobie": {"experts": 2, "cpu_seconds": 10.0, "loop_cpu_seconds": 40.0, "ratio": 4.0}}
+    record = {"shape": shape, "machine": machine, "blocks": 20, "methods": {"mobie": method}, "loop": loop}
+    write_json(repository.measured("true_size"), record)
+    path = repository.root / "README.md"
+    path.write_text("<!-- generated: true-size -->\n<!-- end -->\n")
+    assert fill_readme(repository) == ["true-size"]
+    text = path.read_text()
+    assert "| `mobie` | 300 | 60 | 2.0 | 2.0 |" in text  # 20 · 360 s are 2 hours
+    assert "Abacus, 3 cores, 5 GiB" in text
+    assert "10 against 40 CPU seconds, 4.0 times as fast" in text
 
 
 def test_missing_results_and_unknown_parts_are_named(repository: Layout) -> None:

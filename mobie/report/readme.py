@@ -1,7 +1,7 @@
 """The generated parts of README.md: everything between `<!-- generated: NAME -->` and `<!-- end -->`.
 
 A number in the README is never typed: it is read from the records of the last run, from Snakemake's benchmark files,
-or from the record of how the embedded model was made.
+from the records of the benchmarks, or from the record of how the embedded model was made.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from mobie.config import load_suite
@@ -17,17 +17,12 @@ from mobie.errors import DataError
 from mobie.figures.seal import read_svg
 from mobie.paths import PACKAGE, Layout, embedded_model
 from mobie.records import read_record
+from mobie.report.markdown import markdown_table
+from mobie.report.measured import streaming_memory, true_size
 from mobie.storage import write_bytes, write_text
 
 PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 JOBS = ("quantize", "perplexity", "tasks", "routing")
-
-
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table, first column left, the others right."""
-    header = list(header)
-    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *map(list, rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def _checked(path: Path, expected: str) -> str:
@@ -195,8 +190,10 @@ PARTS: dict[str, Callable[[Layout], str]] = {
     "quantize-cpu": _quantize_cpu,
     "sensitivity": _sensitivity,
     "speed": _speed,
+    "streaming-memory": streaming_memory,
     "table2": _table2,
     "times": _times,
+    "true-size": true_size,
 }
 
 
