@@ -16,6 +16,7 @@ HAS_GPU = Path("/dev/nvidiactl").exists()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: without a GPU kernels run in Python
 
+from mobie.determinism import LOCAL  # noqa: E402
 from mobie.errors import DataError  # noqa: E402
 from mobie.jobs.fetch import fetch_source  # noqa: E402
 from mobie.paths import PACKAGE, Layout  # noqa: E402
@@ -35,11 +36,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def settings_end_with_the_test() -> Iterator[None]:
     """What a verb sets in this process (mobie/determinism.py) does not reach the next test."""
+    for name in LOCAL:  # a fixture of a module may have called a verb
+        os.environ.pop(name, None)
     with mock.patch.dict(os.environ):
         yield
     torch = sys.modules.get("torch")
     if torch is not None and torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.fixture

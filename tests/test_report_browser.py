@@ -19,7 +19,7 @@ from mobie.verdicts import judge
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import Select  # noqa: E402
+from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 BROWSERS, DRIVERS = ("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)
 PERPLEXITIES = {"fp16": 9.5, "billm": 101.25, "arb-llm": 20.75, "mobie": 12.5}
@@ -102,9 +102,14 @@ def column_of(page: Any, heading: str) -> int:
     return [header.text.split("\n")[0].strip() for header in headers].index(heading) + 1
 
 
-def mobie_cell(page: Any, heading: str) -> Any:
+def mobie_rows(page: Any) -> list[Any]:
+    """Rows of Table 2's first grid that are shown under MoBiE's name."""
     rows = page.find_elements(By.CSS_SELECTOR, f"{GRID} tbody tr")
-    (row,) = [row for row in rows if row.find_element(By.TAG_NAME, "th").text == "MoBiE"]
+    return [row for row in rows if row.find_element(By.TAG_NAME, "th").text == "MoBiE"]
+
+
+def mobie_cell(page: Any, heading: str) -> Any:
+    (row,) = WebDriverWait(page, 20).until(mobie_rows)  # a busy browser shows the page late
     return row.find_element(By.CSS_SELECTOR, f"td:nth-child({column_of(page, heading)}) button.cell")
 
 

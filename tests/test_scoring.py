@@ -270,7 +270,8 @@ def test_the_repositorys_protocols_are_valid_and_name_known_texts_and_tasks(name
     texts = [PerplexityProtocol(**part) for part in raw["perplexity"]] + [RoutingProtocol(**raw["routing"])]
     assert {part.text for part in texts} <= set(TEXTS)
     assert TasksProtocol(**raw["tasks"]).tasks == SEVEN
-    assert set(raw) == {"perplexity", "tasks", "hard", "routing", "shift", "cka", "generations", "code", "speed"}
+    parts = {"perplexity", "tasks", "hard", "routing", "shift", "cka", "generations", "code", "speed", "gate"}
+    assert set(raw) == parts
 
 
 # ---------------------------------------------------------------- perplexity
