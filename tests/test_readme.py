@@ -96,6 +96,7 @@ def test_measured_blocks_are_told_as_the_record_has_them(repository: Layout) -> 
     shape = {"experts": 4, "hidden": 8, "width": 6, "top_k": 2, "tokens": 32}
     machine = {"cpu": "Abacus", "cores": 3, "memory_gb": 5}
     loop = {"mobie": {"experts": 2, "cpu_seconds": 10.0, "loop_cpu_seconds": 40.0, "ratio": 4.0}}
+    loop["mobie"] |= {"weight_error": 0.5, "loop_weight_error": 0.25}
     record = {"shape": shape, "machine": machine, "blocks": 20, "methods": {"mobie": method}, "loop": loop}
     write_json(repository.measured("true_size"), record)
     path = repository.root / "README.md"
@@ -104,7 +105,9 @@ def test_measured_blocks_are_told_as_the_record_has_them(repository: Layout) -> 
     text = path.read_text()
     assert "| `mobie` | 300 | 60 | 2.0 | 2.0 |" in text  # 20 · 360 s are 2 hours
     assert "Abacus, 3 cores, 5 GiB" in text
-    assert "10 against 40 CPU seconds, 4.0 times as fast" in text
+    assert (
+        "10 against 40 CPU seconds, 4.0 times as fast, at the same error of the weights (0.5000 against 0.2500)" in text
+    )
 
 
 def test_missing_results_and_unknown_parts_are_named(repository: Layout) -> None:

@@ -61,12 +61,12 @@ class MethodCost:
 
 METHODS = {
     "fp16": MethodCost(1e-9, 16.0, statistics=False),
-    "rtn": MethodCost(1.2e-8, None),
-    "gptq": MethodCost(1.5e-7, None),
-    "awq": MethodCost(1.25e-6, None),
-    "billm": MethodCost(9.2e-7, 3.0),
-    "arb": MethodCost(1.6e-6, 3.2),
-    "mobie": MethodCost(1.2e-6, 1.8),
+    "rtn": MethodCost(5.8e-9, None),
+    "gptq": MethodCost(1.2e-7, None),
+    "awq": MethodCost(8.0e-7, None),
+    "billm": MethodCost(7.8e-7, 3.0),
+    "arb": MethodCost(1.4e-6, 3.2),
+    "mobie": MethodCost(7.0e-7, 1.8),
 }
 GRID_BITS = 32  # a scale and a zero of 16 bits
 
