@@ -21,10 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mobie.determinism import set_environment
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "records" / "streaming_memory.json"
 BLOCKS = (4, 8, 16)
-SHAPE = {"experts": 24, "hidden": 512, "width": 512, "top_k": 4, "vocabulary": 4096}
+SHAPE = {"experts": 16, "hidden": 512, "width": 512, "top_k": 4, "vocabulary": 4096}
 TOKENS = (16, 64)  # sequences and their length
 MEMORY = "8MB"  # less than the activations of any case: all of them lie in files
 #: the fewest steps, so that the runs are short: what is measured is memory
@@ -77,6 +79,7 @@ def calibration() -> Any:
 
 def quantized(folder: Path, out: Path) -> dict[str, float]:
     """Peak memory of a quantization in this process, and of the process before it, MiB."""
+    set_environment()  # as every verb that computes
     import torch
 
     import mobie.pipeline

@@ -28,6 +28,7 @@ LOCAL = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLIN
 COMPUTING = {
     "TOKENIZERS_PARALLELISM": "false",  # one thread; with more the result would be the same
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the faster one of its two deterministic settings
+    "HF_DEACTIVATE_ASYNC_LOAD": "1",  # tensors are read when they are needed; ahead, in threads, they pile up in memory
 }
 #: variables that hold a number of threads; read when numpy and torch are imported
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -7,6 +7,7 @@ whole model are compared with the files' headers before any value is read.
 
 from __future__ import annotations
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -92,6 +93,7 @@ class StreamedModel:
             for name, parameter in empty:
                 module, _, own = name.rpartition(".")
                 setattr(self.model.get_submodule(module), own, parameter)
+            _give_back()
 
     def _parameters(self, part: str) -> list[tuple[str, nn.Parameter]]:
         """Parameters of a block by their names in the model, or those of no block; tied ones under each name."""
@@ -181,6 +183,13 @@ class StreamedModel:
             if renamed in known:  # else one that the library's class leaves unread
                 parts[self._part(renamed)].append(name)
         return parts
+
+
+def _give_back() -> None:
+    """Let the C library return freed memory to the system; what was freed in small pieces it would keep for itself."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc
+        trim(0)
 
 
 def _empty_model(folder: Path, device: torch.device) -> nn.Module:
