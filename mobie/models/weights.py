@@ -27,6 +27,8 @@ from mobie.parsing import parse_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CPU = torch.device("cpu")
+M_MMAP_THRESHOLD = -3  # malloc.h
+LARGE_PIECE = 4 << 20  # bytes; smaller ones are used again at once, and asking the system for them would take longer
 OUTSIDE = ""  # stands for what belongs to no block: embeddings, final norm, head
 
 
@@ -48,6 +50,7 @@ class StreamedModel:
             DataError: unreadable files; parameters missing, unexpected or of another shape.
             UnsupportedError: an architecture that no adapter describes.
         """
+        _return_large_pieces()
         self.adapter = Adapter(model_type(folder))
         self.folder, self.device = folder, device
         with self._readable():
@@ -93,7 +96,7 @@ class StreamedModel:
             for name, parameter in empty:
                 module, _, own = name.rpartition(".")
                 setattr(self.model.get_submodule(module), own, parameter)
-            _give_back()
+            _return_small_pieces()
 
     def _parameters(self, part: str) -> list[tuple[str, nn.Parameter]]:
         """Parameters of a block by their names in the model, or those of no block; tied ones under each name."""
@@ -185,8 +188,18 @@ class StreamedModel:
         return parts
 
 
-def _give_back() -> None:
-    """Let the C library return freed memory to the system; what was freed in small pieces it would keep for itself."""
+def _return_large_pieces() -> None:
+    """Let the C library return every large piece of memory when it is freed.
+
+    By itself it learns from what is freed to keep larger and larger pieces, and peaks come to hang on how they fit.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:  # glibc
+        set_option(M_MMAP_THRESHOLD, LARGE_PIECE)
+
+
+def _return_small_pieces() -> None:
+    """Let the C library return freed memory; what was freed in small pieces it would keep for itself."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc
         trim(0)
