@@ -38,6 +38,7 @@ def assert_near(actual: Tensor, expected: Tensor, share: float | None = None) ->
 def poisoned_memory() -> Iterator[None]:
     """New memory is NaN (or the largest integer), so that a place that a kernel leaves out shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # a verb that another test called may have unset it
     try:
         assert torch.empty(2).isnan().all()
         yield
