@@ -26,7 +26,7 @@ from pathlib import Path
 
 from mobie.errors import ConfigError, DataError
 from mobie.fetching.bring import Origin, bring, warn_unpinned
-from mobie.fetching.files import PLAIN_NAME, hash_files
+from mobie.fetching.files import PLAIN_NAME, check_tree, hash_files
 from mobie.fetching.mirror import mirrored_download
 from mobie.fetching.repository import data_repository
 from mobie.lock import LockedRepository
@@ -292,6 +292,7 @@ def _fetch_hub(source: Source, folder: Path, origin: Origin) -> Path:
     target = make_folder(folder / "snapshot")
     repository = data_repository(source)
     arrived = bring(repository, target, origin)
+    check_tree(target, repository.suffixes)
     if origin.locked is None:
         warn_unpinned(repository, arrived.revision, origin.lock_path)
     write_text(target / CHECKSUMS, "".join(f"{sha}  {name}\n" for name, sha in arrived.hashes.items()))

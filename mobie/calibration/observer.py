@@ -119,4 +119,4 @@ class BlockObserver:
         self._offset += tokens
 
     def _linear_input(self, name: str, rows: Tensor) -> None:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not watch Linears")
