@@ -18,6 +18,7 @@ from mobie.errors import ConfigError
 from mobie.figures import FIGURES, figure_records
 from mobie.jobs import stale
 from mobie.jobs.keys import Keys, model_files
+from mobie.jobs.methods import method_modules
 from mobie.jobs.score import REFERENCE
 from mobie.paths import PACKAGE, Layout
 from mobie.plan.graph import Graph
@@ -145,11 +146,11 @@ def test_a_finished_table_needs_no_job_until_something_that_decides_it_changes(r
 
 def test_methods_found_by_syntax_are_those_that_register() -> None:
     registered = {name: cls.__module__ for name, cls in method_classes().items()}
-    assert stale.method_modules() == registered
+    assert method_modules() == registered
 
 
 def test_each_method_has_its_own_code_hash() -> None:
-    hashes = {name: stale.quantize_code(name) for name in stale.method_modules()}
+    hashes = {name: stale.quantize_code(name) for name in method_modules()}
     assert len(set(hashes.values())) == len(hashes)
     with pytest.raises(ConfigError, match="did you mean"):
         stale.quantize_code("gptqq")

@@ -90,6 +90,7 @@ class GPTQ(Method):
     """GPTQ on an asymmetric grid; `group_size` None is one grid per output row."""
 
     name: ClassVar[str] = "gptq"
+    seconds_per_weight: ClassVar[float] = 1.2e-7
 
     bits: int
     group_size: int | None = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mobie.config import MethodConfig, PaperRow
 from mobie.config import Row as SuiteRow
+from mobie.jobs.methods import method_fact
 from mobie.paper.baseline import PERPLEXITY as PERPLEXITY
 from mobie.paper.baseline import TASK_METRICS as TASK_METRICS
 from mobie.paper.printed import printed, printed_rows
@@ -28,7 +29,6 @@ STORED_COLUMNS = (Column("bits_codes", "codes", extra=True), Column("bits_stored
 TASK_COLUMNS = tuple(Column(task, TASK_HEADINGS[task], better="higher") for task in TASK_METRICS)
 AVERAGE_COLUMN = Column(AVERAGE, "Avg. 7", better="higher")
 PERPLEXITY_COLUMN = Column(PERPLEXITY, "Perplexity", better="lower")
-BINARY_METHODS = frozenset({"billm", "arb", "mobie"})  # registered names of the methods that store signs
 METRICS_LEGEND = "Accuracies in per cent. Metrics: {}.".format(
     ", ".join(f"{TASK_HEADINGS[task]} `{metric}`" for task, metric in TASK_METRICS.items())
 )
@@ -63,7 +63,8 @@ def row_label(method: MethodConfig) -> str:
 
 
 def is_binary(method: MethodConfig) -> bool:
-    return method.method in BINARY_METHODS
+    """Whether a method's weights are nearly all signs."""
+    return bool(method_fact(method.method, "stores_signs"))
 
 
 def paper_entries(table: str, model: Model, row: PaperRow | None) -> dict[str, float]:
