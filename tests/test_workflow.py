@@ -111,7 +111,7 @@ def test_one_job_of_another_seed_can_be_asked_for(repository: Layout) -> None:
     [
         ("smke", {}, "unknown suite 'smke'; did you mean smoke?"),
         ("smoke", {"protocl": "smoke"}, "unknown key 'protocl'; did you mean protocol?"),
-        ("smoke", {"rows": [{"method": "mobi"}]}, "unknown method 'mobi'"),
+        ("smoke", {"methods": ["mobi"]}, "unknown method 'mobi'"),
     ],
 )
 def test_mistakes_in_a_suite_are_one_message(repository: Layout, suite: str, change: dict, message: str) -> None:
@@ -125,7 +125,7 @@ def test_mistakes_in_a_suite_are_one_message(repository: Layout, suite: str, cha
 
 def test_a_finished_table_needs_no_job_until_something_that_decides_it_changes(repository: Layout) -> None:
     path = repository.config_file("suites", "smoke")
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"rows": [{"method": "rtn-w3"}]}))
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"methods": ["rtn-w3"]}))
     root = repository.root
     keys = Keys(repository, "smoke", "nano-olmoe", 0, "rtn-w3")
     for kind in ("quantize", "perplexity", "tasks", "routing"):
