@@ -17,6 +17,7 @@ METHODS = (
     "fp16",
     "rtn-w3",
     "gptq-w3-g128",
+    "pb-llm-10",
     "awq-w3",
     "billm-glas-nges",
     "arb-x-cgb",
