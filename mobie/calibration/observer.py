@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mobie.calibration.store import ActivationStore
-from mobie.models.experts import expert_count, expert_inputs, project
+from mobie.models.experts import expert_count, expert_inputs, expert_output, project
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,13 @@ class ExpertRows:
     name: str
     everyone: bool = False
     routes: list[Tensor] = field(default_factory=list)  # per batch `(tokens, k)`, the expert of each slot
+    scores: list[Tensor] = field(default_factory=list)  # per batch `(tokens, k)`, by which its output is multiplied
 
-    def add(self, hidden: Tensor, top_k_index: Tensor) -> None:
-        """Take the rows `(tokens, hidden)` of a batch and the experts they go to."""
+    def add(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        """Take the rows `(tokens, hidden)` of a batch, the experts they go to, and the router's scores of these."""
         self.store.put(self._key(len(self.routes)), hidden)
         self.routes.append(top_k_index.cpu())
+        self.scores.append(top_k_weights.detach().cpu())
 
     def _key(self, batch: int) -> str:
         return f"{self.name}-{batch:05d}"
@@ -76,6 +78,22 @@ class ExpertRows:
                 x = self.store.get(self._key(batch))[token].to(self.module.down_proj.device)
                 yield self._input(projection, expert, x), token + offset
             offset += len(route)
+
+    @torch.no_grad()
+    def output(self, expert: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """What an expert adds to the layer's output, `(rows, hidden)` float32, over the tokens routed to it.
+
+        `weights` `(out, in)` by projection take the place of its own.
+        """
+        device = self.module.down_proj.device
+        parts = [torch.zeros(0, expert_inputs(self.module)["gate"], device=device)]
+        for batch, (route, scores) in enumerate(zip(self.routes, self.scores, strict=True)):
+            slot, token = torch.where((route == expert).T)
+            if len(token):
+                x = self.store.get(self._key(batch))[token].to(device)
+                score = scores[token, slot, None].to(device).float()
+                parts.append(score * expert_output(self.module, expert, x.float(), weights))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def _input(self, projection: str, expert: int, x: Tensor) -> Tensor:
@@ -107,7 +125,7 @@ class BlockObserver:
         ]
         if self._rows is not None:
             rows = self._rows
-            handles.append(rows.module.register_forward_pre_hook(lambda _, args: rows.add(args[0], args[1])))
+            handles.append(rows.module.register_forward_pre_hook(lambda _, args: rows.add(*args[:3])))
         try:
             yield
         finally:
