@@ -32,12 +32,12 @@ from mobie.calibration.shared import GradientCache, GradientFolder, basis_digest
 from mobie.calibration.statistics import BlockStatistics, CalibrationPolicy
 from mobie.calibration.store import ActivationStore, Memory
 from mobie.calibration.stream import Stream, enter_first_block
-from mobie.errors import DataError
+from mobie.errors import ConfigError, DataError
 from mobie.methods.base import Method
 from mobie.models.base import Adapter
 from mobie.models.load import kept_dtype, model_type
 from mobie.models.weights import StreamedModel
-from mobie.packing.base import BitLedger
+from mobie.packing.base import BitLedger, Packed
 from mobie.packing.checkpoint import (
     KEPT,
     BlockNames,
@@ -183,10 +183,16 @@ def quantize(
     Raises:
         DataError: unusable weights, calibration tokens or files.
         UnsupportedError: an architecture that no adapter describes.
+        ConfigError: a method and a policy that exclude each other.
         StorageError: the checkpoint cannot be written.
     """
     Adapter(model_type(model_folder))  # refuses what no adapter describes
     refuse_quantized(model_folder)
+    if method.token_weighting == "gate" and policy.experts == "all_experts":
+        raise ConfigError(
+            f"{method.name}: token_weighting 'gate' with the policy 'all_experts': an expert has no router score for "
+            "tokens that are not routed to it; expected the policy 'routed', or token_weighting 'none'"
+        )
     streamed = StreamedModel(model_folder, resources.torch_devices()[0])
     _check_calibration(calibration, streamed.model)
     shared = gradient_cache is not None and method.needs_gradients
@@ -339,7 +345,7 @@ class _Loop:
     def _quantize(self, index: int, block: nn.Module) -> float:
         """Gather statistics, quantize, write the shard; returns the CPU seconds another job spent on this block."""
         groups, experts = self.adapter.linear_groups(block), self.adapter.experts_module(block)
-        guided, observer, credit, statistics = None, None, 0.0, None
+        guided, observer, credit, statistics, router = None, None, 0.0, None, None
         if self._guided is not None:
             guided = self._guided[index]
             credit = guided.cpu_seconds
@@ -350,17 +356,39 @@ class _Loop:
             if self.method.quantizes_router and experts is not None:
                 groups.append({self.adapter.architecture.router: self.adapter.router(block)})
             everyone = self.policy.experts == "all_experts"
-            shape = self._stream.shape(groups, experts)
+            gated = self.method.token_weighting == "gate"
+            shape = self._stream.shape(groups, experts, self.adapter.shared_expert(block) if gated else None)
             statistics = BlockStatistics(shape, self._store, Cache(self._memory), everyone=everyone)
             moves = self.policy.inputs == "full_precision" and index < self._last
-            self._stream.observe(block, statistics, move=moves)
-        packed, details = quantize_block(block, self.adapter, self.method, statistics, guided, self._resources)
+            if self.method.quantizes_router and self.method.routes_as_stored and experts is not None:
+                router = self._quantize_router(block, statistics, move=moves)
+            else:
+                self._stream.observe(block, statistics, move=moves)
+        packed, details = quantize_block(block, self.adapter, self.method, statistics, guided, self._resources, router)
         for kept in (observer, statistics):
             if kept is not None:
                 kept.drop()
         names = BlockNames.of(self.adapter, index)
         save_block(block_path(self.out, index), packed, self._shard_fingerprint(index), details, names)
         return credit
+
+    def _quantize_router(self, block: nn.Module, statistics: BlockStatistics, *, move: bool) -> Packed:
+        """Quantize the router from what flows into it, then gather `statistics` with the router as it is stored.
+
+        move: let the stream go behind the block as it was.
+        """
+        assert self._stream is not None  # `enter` has made it
+        name, router = self.adapter.architecture.router, self.adapter.moe_router(block)
+        inputs = BlockStatistics(self._stream.shape([{name: router}], None), self._store, Cache(self._memory))
+        self._stream.observe(block, inputs, move=False)
+        original = router.weight.detach().clone()
+        packed = self.method.quantize_router(original.float(), inputs.linear_stats()[name])
+        router.weight.copy_(packed.dequantize())
+        self._stream.observe(block, statistics, move=False)
+        if move:
+            router.weight.copy_(original)
+            self._stream.through(block)
+        return packed
 
     def _guided_of(self, index: int, block: nn.Module) -> tuple[Guided, GuidedHessians]:
         """Guided Hessians of a block from its token weights; the full-precision stream moves on."""
