@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mobie.calibration.store import ActivationStore
-from mobie.models.experts import SharedExpert, expert_count, expert_inputs, project
+from mobie.models.experts import SharedExpert, expert_count, expert_inputs, expert_output, project
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class ExpertRows:
     name: str
     everyone: bool = False
     routes: list[Tensor] = field(default_factory=list)  # per batch `(tokens, k)`, the expert of each slot
-    scores: list[Tensor] = field(default_factory=list)  # per batch `(tokens, k)`, what its output is multiplied by
+    scores: list[Tensor] = field(default_factory=list)  # per batch `(tokens, k)`, by which its output is multiplied
 
     def add(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-        """Take the rows `(tokens, hidden)` of a batch, the experts they go to, and the router's scores."""
+        """Take the rows `(tokens, hidden)` of a batch, the experts they go to, and the router's scores of these."""
         self.store.put(self._key(len(self.routes)), hidden)
         self.routes.append(top_k_index.cpu())
-        self.scores.append(top_k_weights.detach().float().cpu())
+        self.scores.append(top_k_weights.detach().cpu())
 
     def _key(self, batch: int) -> str:
         return f"{self.name}-{batch:05d}"
@@ -86,11 +86,27 @@ class ExpertRows:
         for batch, scores in enumerate(self.scores):
             slot, token = self._slots(batch, expert)
             if len(token):
-                yield scores[token, slot]
+                yield scores[token, slot].float()
 
     def _slots(self, batch: int, expert: int) -> tuple[Tensor, ...]:
         """Slots of a batch that go to an expert, and their tokens; slots before tokens: the library's order."""
         return torch.where((self.routes[batch] == expert).T)
+
+    @torch.no_grad()
+    def output(self, expert: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """What an expert adds to the layer's output, `(rows, hidden)` float32, over the tokens routed to it.
+
+        `weights` `(out, in)` by projection take the place of its own.
+        """
+        device = self.module.down_proj.device
+        parts = [torch.zeros(0, expert_inputs(self.module)["gate"], device=device)]
+        for batch, scores in enumerate(self.scores):
+            slot, token = self._slots(batch, expert)
+            if len(token):
+                x = self.store.get(self._key(batch))[token].to(device)
+                score = scores[token, slot, None].to(device).float()
+                parts.append(score * expert_output(self.module, expert, x.float(), weights))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def _input(self, projection: str, expert: int, x: Tensor) -> Tensor:
