@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from mobie.packing.bank import PackedBank
 from mobie.packing.base import Packed
 
 T = TypeVar("T")
+#: "gate": rows of an expert's inputs are multiplied by the square root of the expert's router score
+TokenWeighting = Literal["none", "gate"]
 
 #: memory that one chunk of experts may take where a bank does not say: little on a CPU, whose cache it should suit
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
@@ -29,7 +31,7 @@ CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 class LinearStats:
     """What a method may know about the inputs X `(tokens, in)` of one Linear.
 
-    hessian:  `(in, in)` float32, `2/n · XᵀX`.
+    hessian:  `(in, in)` float32, `2/n · XᵀX`; with the token weighting "gate", of an expert's rows `√score · x`.
     tokens:   n, before any blending with the pooled Hessian of the layer.
     mean_abs: `(in,)`, mean |x| per channel (AWQ).
     sample:   `(at most 512, in)`, some of the rows of X (AWQ's clip search).
@@ -220,6 +222,11 @@ class Method(ABC):
         return bool(getattr(self, option) == value)
 
     @property
+    def token_weighting(self) -> TokenWeighting:
+        """Whether the tokens of an expert count by their router score in `LinearStats.hessian`, or all alike."""
+        return "none"
+
+    @property
     def gradient_groups(self) -> int:
         """Into how many contiguous channel groups the gradients are pooled."""
         return 1
@@ -287,6 +294,11 @@ class Method(ABC):
     @property
     def quantizes_router(self) -> bool:
         """Whether the router is quantized too; otherwise it stays in 16 bits."""
+        return False
+
+    @property
+    def routes_as_stored(self) -> bool:
+        """Whether experts are shown the tokens that the quantized router sends them, or the original's."""
         return False
 
     def quantize_router(self, weight: Tensor, stats: LinearStats) -> Packed:
