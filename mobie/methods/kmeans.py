@@ -100,12 +100,14 @@ def seed_plus_plus(vectors: Tensor, weights: Tensor, count: int, generator: torc
     def distance(centroids: Tensor) -> Tensor:
         return (_coefficients(centroids).T @ rows).amin(dim=0).add_(constant).clamp_(min=0)
 
-    codebook = vectors[torch.randint(len(vectors), (1,), generator=generator).to(vectors.device)]
+    chosen = torch.randint(len(vectors), (1,), generator=generator).to(vectors.device)
+    codebook = vectors[chosen]
     least = distance(codebook)
     while len(codebook) < count:
+        least[chosen] = 0  # but for rounding it is so
         # the largest of distance / exponential variate are a draw without repetition
         luck = torch.empty(len(vectors)).exponential_(generator=generator).to(vectors.device)
-        new = vectors[(least / luck).topk(min(draws, count - len(codebook))).indices]
-        least = torch.minimum(least, distance(new))
-        codebook = torch.cat([codebook, new])
+        chosen = (least / luck).topk(min(draws, count - len(codebook))).indices
+        least = torch.minimum(least, distance(vectors[chosen]))
+        codebook = torch.cat([codebook, vectors[chosen]])
     return codebook

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from mobie.calibration.tokens import generator
 from mobie.errors import ConfigError, DataError
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method, map_experts, register
 from mobie.methods.kmeans import draw, kmeans, nearest, seed_plus_plus, totals
@@ -185,7 +186,7 @@ class NoWag(Method):
         share = None if self.sample_vectors is None else -(-self.sample_vectors // count)
 
         def sample(number: int, parts: Vectors) -> tuple[Tensor, Tensor]:
-            chosen = draw(parts.values, share or len(parts.values), self._generator(number + 1))
+            chosen = draw(parts.values, share or len(parts.values), generator(self.seed, f"nowag sample {number}"))
             return parts.values[chosen], parts.weights[chosen]
 
         def find(codebook: Tensor) -> tuple[float, Tensor]:
@@ -206,16 +207,12 @@ class NoWag(Method):
         vectors, own = (torch.cat([part.to(device) for part in parts]) for parts in (values, weights))
         if len(vectors) <= self.centroids:
             return vectors
-        generator = self._generator(0)
+        chance = generator(self.seed, "nowag codebook")  # the same for every codebook, whatever came before
         if self.initialization == "random":
-            codebook = vectors[draw(vectors, self.centroids, generator)]
+            codebook = vectors[draw(vectors, self.centroids, chance)]
         else:
-            codebook = seed_plus_plus(vectors, own, self.centroids, generator)
+            codebook = seed_plus_plus(vectors, own, self.centroids, chance)
         return kmeans(partial(totals, vectors, own), codebook, self.sample_iterations, self.tolerance)
-
-    def _generator(self, number: int) -> torch.Generator:
-        """The same draws for every codebook, whatever was quantized before; `number` tells purposes apart."""
-        return torch.Generator().manual_seed((self.seed << 32) + number)
 
 
 def _pack(codes: Tensor, codebook: Tensor, column: Tensor, row: Tensor) -> VectorCodes:
