@@ -28,6 +28,12 @@ METHODS = (
 )
 METHODS += ("mobie-fused", "mobie-matrix-scope", "mobie-none", "mobie-sigma2", "mobie-triangular-feedback")
 METHODS += ("quantmoe-2.3",)
+METHODS += (
+    "nowag",
+    "nowag+codebook_bits=5",
+    "nowag-shared-codebook",
+    "nowag-shared-codebook+codebook_bits=5+iterations=3",
+)
 COPIES = 2  # experts of the layer, once and again with other weights: six
 
 
