@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mobie.calibration.store import ActivationStore
-from mobie.models.experts import expert_count, expert_inputs, expert_output, project
+from mobie.models.experts import SharedExpert, expert_count, expert_inputs, expert_output, project
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class BlockShape:
     linear_groups: modules with a `weight (out, in)`, by name, grouped by shared input.
     experts:       the fused experts module, or None in a dense block.
     sequences, length, batches: `sequences · length` calibration tokens come in so many batches.
+    shared:        the shared expert with a gate, where the block has one and its score is wanted.
     """
 
     linear_groups: Sequence[Mapping[str, nn.Module]]
@@ -27,6 +28,7 @@ class BlockShape:
     sequences: int
     length: int
     batches: int
+    shared: SharedExpert | None = None
 
     def input_features(self) -> dict[str, int]:
         """Input features of the experts' projections; empty in a dense block."""
@@ -72,12 +74,23 @@ class ExpertRows:
         """Inputs `(rows, in)` of one projection of an expert and the tokens they belong to, batch by batch."""
         offset = 0
         for batch, route in enumerate(self.routes):
-            # slots before tokens: the library's order
-            token = torch.arange(len(route)) if self.everyone else torch.where((route == expert).T)[1]
+            token = torch.arange(len(route)) if self.everyone else self._slots(batch, expert)[1]
             if len(token):
                 x = self.store.get(self._key(batch))[token].to(self.module.down_proj.device)
                 yield self._input(projection, expert, x), token + offset
             offset += len(route)
+
+    def scores_of(self, expert: int) -> Iterator[Tensor]:
+        """The router's scores `(rows,)` of the tokens that `of` gives, batch by batch; not for `everyone`."""
+        assert not self.everyone  # an expert has no score for tokens that are not routed to it
+        for batch, scores in enumerate(self.scores):
+            slot, token = self._slots(batch, expert)
+            if len(token):
+                yield scores[token, slot].float()
+
+    def _slots(self, batch: int, expert: int) -> tuple[Tensor, ...]:
+        """Slots of a batch that go to an expert, and their tokens; slots before tokens: the library's order."""
+        return torch.where((self.routes[batch] == expert).T)
 
     @torch.no_grad()
     def output(self, expert: int, weights: Mapping[str, Tensor]) -> Tensor:
@@ -87,8 +100,8 @@ class ExpertRows:
         """
         device = self.module.down_proj.device
         parts = [torch.zeros(0, expert_inputs(self.module)["gate"], device=device)]
-        for batch, (route, scores) in enumerate(zip(self.routes, self.scores, strict=True)):
-            slot, token = torch.where((route == expert).T)
+        for batch, scores in enumerate(self.scores):
+            slot, token = self._slots(batch, expert)
             if len(token):
                 x = self.store.get(self._key(batch))[token].to(device)
                 score = scores[token, slot, None].to(device).float()

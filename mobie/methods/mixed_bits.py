@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class Strategy:
         return nominal_bits(self.bits, self.group_size)
 
 
+def columns(strategies: Sequence[Strategy]) -> dict[str, list[int | None]]:
+    """The strategies of several experts as JSON values, one list per field."""
+    return {key: [getattr(strategy, key) for strategy in strategies] for key in ("bits", "group_size")}
+
+
 def role_of(name: str) -> str:
     """The field's name by which methods know a Linear: `self_attn.q_proj` → `q_proj`."""
     return name.rpartition(".")[2]
@@ -51,6 +56,8 @@ class MixedGPTQ(Method):
 
     linears: by the field's name (`q_proj`) or the full one (`self_attn.q_proj`).
     experts: projection → one strategy per expert; empty for a block without experts.
+    paper: bits per weight that the method's paper prints for the whole model; None: what each width has.
+    account: what the widths come to over the whole model, for the record, as JSON values.
 
     Raises:
         ConfigError: two full names end in the same field but differ in strategy.
@@ -62,6 +69,8 @@ class MixedGPTQ(Method):
     experts: Mapping[str, tuple[Strategy, ...]] = field(default_factory=dict)
     block_size: int = 128
     percdamp: float = 0.01
+    paper: float | None = None
+    account: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, strategy in self.linears.items():
@@ -70,6 +79,17 @@ class MixedGPTQ(Method):
                     f"{name}: {strategy} differs from that of another Linear whose name ends in {role_of(name)!r}; "
                     "expected one strategy for both, a method knows Linears by that part of the name"
                 )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every width, one list per projection: what a record says of the block."""
+        return {
+            "linears": {name: asdict(strategy) for name, strategy in self.linears.items()},
+            "experts": {name: columns(strategies) for name, strategies in self.experts.items()},
+            "block_size": self.block_size,
+            "percdamp": self.percdamp,
+            "account": dict(self.account),
+        }
 
     def _of_linear(self, role: str) -> Strategy:
         """The strategy of a Linear by its field's name."""
@@ -123,7 +143,8 @@ class MixedGPTQ(Method):
             for strategy, experts in alike.items():
                 bits, group_size = strategy.bits, strategy.group_size
                 stored = gptq(weight[experts], factor[experts], dead[experts], bits, group_size, self.block_size)
-                grids = pack_bank(*stored, bits=bits, group_size=group_size, paper=strategy.nominal_bits)
+                paper = strategy.nominal_bits if self.paper is None else self.paper
+                grids = pack_bank(*stored, bits=bits, group_size=group_size, paper=paper)
                 for expert, grid in zip(experts, grids, strict=True):
                     packed[expert][name] = grid
         return packed

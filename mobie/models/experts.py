@@ -10,12 +10,27 @@ The layout is what the library itself notes on a module (`is_transposed`, `is_co
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 #: parameters of the library's experts modules that packed weights replace
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """A shared expert whose output is multiplied by a score.
+
+    module: the shared expert, given rows `(..., hidden)`.
+    gate:   gives the score's logit of each row, `(..., 1)`; the score is its sigmoid.
+    linears: names of the shared expert's Linears.
+    """
+
+    module: nn.Module
+    gate: nn.Module
+    linears: frozenset[str]
 
 
 def is_fused(module: nn.Module) -> bool:
