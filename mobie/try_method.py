@@ -179,8 +179,8 @@ def quantize_weight(method: Method, weight: Tensor, inputs: Inputs, gradients: t
     stats = BankStats({PROJECTION: experts}, {PROJECTION: pooled})
     if isinstance(method, AllocatingMethod):
 
-        def output(expert: int, weights: Mapping[str, Tensor]) -> Tensor:
-            x = inputs.rows[expert if inputs.per_expert else 0]
+        def output(expert: int, weights: Mapping[str, Tensor], most: int | None) -> Tensor:
+            x = inputs.rows[expert if inputs.per_expert else 0][:most]
             return x @ weights.get(PROJECTION, weight[expert]).T
 
         method = method.over(LayerView(bank=bank, bank_stats=stats, expert_output=output))
