@@ -17,6 +17,8 @@ METHODS = (
     "fp16",
     "rtn-w3",
     "gptq-w3-g128",
+    "gptq-w2-affinity",
+    "moequant-w2",
     "awq-w3",
     "billm-glas-nges",
     "arb-x-cgb",
