@@ -282,13 +282,13 @@ def test_experts_see_the_routes_and_scores_of_the_quantized_router(
 def test_recorded_errors_count_every_token_alike(source: Path, tmp_path: Path) -> None:
     ids = random_tokens(40, 12)
     watched, report = run(source, tmp_path, ids=ids, router="kept")
-    bank, _ = watched.banks[0]
-    seen = watch_plainly(make_model("olmoe"), Adapter("olmoe"), ids)[0]
+    model = make_model("olmoe")
+    gate = experts_by_hand(model.model.layers[0].mlp.experts)["gate"]
+    seen = watch_plainly(model, Adapter("olmoe"), ids)[0]
     assert report.blocks[0]["borrowed_statistics"]["gate"] == []
     errors = []
     for expert in range(EXPERTS):
-        x = seen.hidden[seen.routed(expert)]
-        w = bank.projections["gate"][expert].double()
+        x, w = seen.hidden[seen.routed(expert)], gate[expert]
         q = watched.experts[0]["gate"].dequantize()[expert].double()
         errors.append(float((x @ (w - q).T).norm() / (x @ w.T).norm()))
     assert report.blocks[0]["output_error"]["experts.gate"] == pytest.approx(sum(errors) / len(errors), rel=1e-3)
