@@ -195,6 +195,18 @@ class Method(ABC):
     needs_statistics: ClassVar[bool] = True
     #: whether the packed weights depend on input statistics; if not, none are read
     reads_statistics: ClassVar[bool] = True
+    #: option and its value with which the method reads loss gradients; None: it never does
+    guided_by: ClassVar[tuple[str, Any] | None] = None
+    #: options that decide what those gradients are: jobs in which they agree share them
+    gradient_options: ClassVar[tuple[str, ...]] = ("gradient_groups",)
+    # The rest decides no result. Like the above it must be literal: plans and tables read it from the syntax.
+    #: what a plan reckons with: of one core, per weight of a matrix with 2048 inputs, statistics given and a survey
+    #: counted in (`benchmarks/true_size.py` measures it); a method that does not say counts as a slow one
+    seconds_per_weight: ClassVar[float] = 1.4e-6
+    #: bits on disk per weight, every buffer counted, or the option that has those of the codes (a grid is then added)
+    stored_bits: ClassVar[float | str] = "bits"
+    #: whether nearly all weights are signs: tables rank such methods with each other
+    stores_signs: ClassVar[bool] = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -204,7 +216,10 @@ class Method(ABC):
     @property
     def needs_gradients(self) -> bool:
         """Whether `LinearStats.guided` must be filled, which takes one backward pass over the calibration text."""
-        return False
+        if self.guided_by is None:
+            return False
+        option, value = self.guided_by
+        return bool(getattr(self, option) == value)
 
     @property
     def token_weighting(self) -> TokenWeighting:
