@@ -65,6 +65,9 @@ def test_symmetric_grid_is_its_closed_form_and_stores_no_zero(bits: int, group_s
     assert packed.paper_bits() == (bits if group_size is None else bits + 16 / 7)
     again = FORMATS["grid"].from_tensors(packed.header(), packed.tensors())
     assert torch.equal(again.dequantize(), packed.dequantize())
+    lost = {name: value for name, value in packed.header().items() if name != "symmetric"}
+    with pytest.raises(TypeError, match="zero"):  # zero points of an asymmetric grid do not go unnoticed
+        FORMATS["grid"].from_tensors(lost, packed.tensors())
 
 
 @settings(max_examples=40, deadline=None)
