@@ -239,6 +239,8 @@ def try_method(
     notes = []
     if method.needs_gradients and gradients is None:
         notes.append("no loss gradients given: every token has weight 1; give them with --gradients")
+    if method.token_weighting == "gate":
+        notes.append("there is no router here: every token has score 1")
     if method.needs_gradients is False and gradients is not None:
         notes.append("this method uses no loss gradients: --gradients had no effect")
     trial = Trial(

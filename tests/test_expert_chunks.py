@@ -18,6 +18,8 @@ METHODS = (
     "fp16",
     "rtn-w3",
     "gptq-w3-g128",
+    "gptq-w2-affinity",
+    "moequant-w2",
     "pb-llm-10",
     "awq-w3",
     "billm-glas-nges",
