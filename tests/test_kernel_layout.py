@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import exact_bank, exact_panel, random_bank, random_experts, random_matrix
+from surveyed import fixed
 from test_method_contract import CONFIGS, layer
 
 from mobie.config import load_method
@@ -43,7 +44,8 @@ OTHERS = ["fp16", "rtn-w3", "gptq-w2-g128", "awq-w3", "billm", "billm-glas-nges"
 def quantized(config: str) -> dict[str, Packed]:
     """Experts of the layer of the method contract: 3 experts, hidden 144 (two blocks of columns), width 40."""
     method = load_method(config).build()
-    return dict(method.quantize_experts(*layer(method.gradient_groups)))
+    experts = layer(method.gradient_groups)
+    return dict(fixed(method, *experts).quantize_experts(*experts))
 
 
 def stored_dense(bank: PackedBank) -> np.ndarray:
