@@ -40,6 +40,7 @@ from torch.nn.functional import silu
 from tqdm import tqdm
 
 from mobie.config import load_method
+from mobie.methods.allocation import AllocatingMethod, LayerView
 from mobie.methods.base import BankStats, ExpertBank, FormedStats, LinearStats, Method
 from mobie.models.base import EXPERT_INPUTS
 from mobie.storage import write_json
@@ -57,16 +58,16 @@ class Rows(FormedStats):
     """Statistics of one projection's experts from the inputs of all tokens; the seconds that takes are counted."""
 
     def __init__(self, inputs: Sequence[Tensor], token_weights: Sequence[Tensor] | None, pooled: LinearStats) -> None:
-        self._inputs, self._weights, self._pooled = inputs, token_weights, pooled
+        self.inputs, self._weights, self._pooled = inputs, token_weights, pooled
         self.cpu_seconds = self.wall_seconds = 0.0
 
     def __len__(self) -> int:
-        return len(self._inputs)
+        return len(self.inputs)
 
     def form(self, expert: int, device: torch.device) -> LinearStats:
         began = time.process_time(), time.perf_counter()
         weights = None if self._weights is None else self._weights[expert].to(device)
-        own = LinearStats.from_inputs(self._inputs[expert].to(device), weights)
+        own = LinearStats.from_inputs(self.inputs[expert].to(device), weights)
         formed = blend(own, self._pooled.to(device))
         synchronize(device)
         self.cpu_seconds += time.process_time() - began[0]
@@ -132,6 +133,21 @@ def make_block(shape: Mapping[str, int], method: Method, device: torch.device) -
     return Block(bank, BankStats(experts, pooled, counts), attention, attention_stats, seconds)
 
 
+def view_of(block: Block) -> LayerView:
+    """The block as a method that shares out bits surveys it; every routing score is 1."""
+    gate = block.stats.experts["gate"]
+    assert isinstance(gate, Rows)
+
+    def output(expert: int, weights: Mapping[str, Tensor]) -> Tensor:
+        own = {name: weights.get(name, bank[expert]) for name, bank in block.bank.projections.items()}
+        entering = gate.inputs[expert]
+        return middle(entering, own["gate"], own["up"]).to(own["down"].device) @ own["down"].T
+
+    linears = {f"self_attn.{role}": weight for group in block.attention for role, weight in group.items()}
+    stats = {f"self_attn.{role}": own for group in block.attention_stats for role, own in group.items()}
+    return LayerView(linears, stats, block.bank, block.stats, output)
+
+
 def correlated(tokens: int, features: int, generator: torch.Generator) -> Tensor:
     """Inputs with correlated channels of different strength and a mean."""
     mixing = torch.randn(features, features, generator=generator) / features**0.5 + torch.eye(features)
@@ -183,6 +199,8 @@ def measure(name: str, shape: Mapping[str, int], device: torch.device) -> dict[s
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     cpu, wall = time.process_time(), time.perf_counter()
+    if isinstance(method, AllocatingMethod):
+        method = method.over(view_of(block))  # the survey is part of what the experts cost
     method.quantize_experts(block.bank, block.stats)
     synchronize(device)
     formed = [own for own in block.stats.experts.values() if isinstance(own, Rows)]

@@ -33,13 +33,20 @@ def quantize_block(
     statistics: BlockStatistics | None,
     guided: Guided | None,
     resources: Resources,
+    router: Packed | None = None,
 ) -> tuple[PackedBlock, dict[str, Any]]:
     """Quantize the Linears and experts of a block.
+
+    Output errors are those over the tokens as they are, whatever weights a method gives them.
+
+    Args:
+        router: the packed router, where it was quantized before the statistics were gathered.
 
     Returns:
         Packed weights, and details as JSON values: output errors, tokens per expert, experts that borrow statistics.
     """
-    linear_stats = defaultdict(lambda: NO_STATISTICS) if statistics is None else statistics.linear_stats()
+    unweighted = defaultdict(lambda: NO_STATISTICS) if statistics is None else statistics.linear_stats()
+    linear_stats = unweighted if statistics is None else statistics.linear_stats(method.token_weighting)
     if guided is not None:
         linear_stats = _add_guided(linear_stats, guided)
     linears: dict[str, Packed] = {}
@@ -53,7 +60,7 @@ def quantize_block(
         )
         packed = {name: by_role[role] for role, name in roles.items()}
         linears |= packed
-        errors |= {n: _relative_error(w, packed[n].dequantize(), linear_stats[n]) for n, w in weights.items()}
+        errors |= {n: _relative_error(w, packed[n].dequantize(), unweighted[n]) for n, w in weights.items()}
 
     details: dict[str, Any] = {"output_error": errors}
     bank = _bank(block, adapter, resources)
@@ -61,13 +68,17 @@ def quantize_block(
         return PackedBlock(linears, {}), details
     if method.quantizes_router:
         name = adapter.architecture.router
-        linears[name] = method.quantize_router(adapter.moe_router(block).weight.detach().float(), linear_stats[name])
+        weight = adapter.moe_router(block).weight.detach().float()
+        linears[name] = method.quantize_router(weight, linear_stats[name]) if router is None else router
     if statistics is None:
         local = bank_stats = _no_bank_statistics(bank)
     else:
-        gathered = statistics.bank_stats()
-        local, borrowed = blend_with_pool(gathered)
-        bank_stats = local if guided is None else blend_with_pool(_add_guided_bank(gathered, guided), guided.pooled)[0]
+        gathered = statistics.bank_stats(method.token_weighting)
+        local, borrowed = blend_with_pool(statistics.bank_stats())
+        weighted = blend_with_pool(gathered)[0]
+        bank_stats = (
+            weighted if guided is None else blend_with_pool(_add_guided_bank(gathered, guided), guided.pooled)[0]
+        )
         details["tokens_per_expert"] = list(gathered.tokens["gate"])
         details["borrowed_statistics"] = borrowed
     experts = method.quantize_experts(bank, bank_stats)

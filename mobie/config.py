@@ -87,7 +87,7 @@ class ModelConfig(Strict):
 
 
 class PaperRow(Strict):
-    """Where a method stands in the paper's Table 2."""
+    """Which row of the paper's Tables 2, 7, 8 and 9 a method stands for, in those of them that have it."""
 
     method: str
     bits: float | None = Field(default=None, description="tells rows of one method apart; null where it has one row")
@@ -99,7 +99,7 @@ class MethodConfig(Strict):
     method: str = Field(description="registered name of the method")
     options: dict[str, Any] = Field(default_factory=dict, description="fields of the method's class")
     label: str = Field(description="name of the row in tables")
-    paper: PaperRow | None = Field(default=None, description="the row of the paper's Table 2; null where it has none")
+    paper: PaperRow | None = Field(default=None, description="the row of the paper's tables; null where none has it")
     calibration: CalibrationOverride = Field(
         default_factory=CalibrationOverride, description="changes of the model's calibration"
     )
@@ -108,20 +108,6 @@ class MethodConfig(Strict):
     def build(self) -> Method:
         """The method object, options checked against its fields. Raises `ConfigError`."""
         return build_method(self.method, self.options)
-
-
-class Row(Strict):
-    """A row of Table 2: a method config, or one of the paper's methods that the suite does not have."""
-
-    method: str | None = Field(default=None, description="name of a file in workflow/config/methods")
-    absent: str | None = Field(default=None, description="why the suite has no such method")
-    label: str | None = Field(default=None, description="an absent method's name in the paper's Table 2")
-
-    @model_validator(mode="after")
-    def _one_of(self) -> Row:
-        if (self.method is None) == (self.absent is None) or (self.absent is None) != (self.label is None):
-            raise ValueError("expected either `method`, or `absent` (the reason) together with `label`")
-        return self
 
 
 class ProtocolConfig(Strict):
@@ -176,7 +162,7 @@ class Sweep(Strict):
 
 
 class SuiteConfig(Strict):
-    """Which models and rows make up the tables of a suite."""
+    """Which models and methods make up the tables of a suite."""
 
     description: str
     protocol: str = Field(description="name of a file in workflow/config/protocols")
@@ -191,8 +177,12 @@ class SuiteConfig(Strict):
     calibration: CalibrationOverride = Field(
         default_factory=CalibrationOverride, description="changes of every model's calibration"
     )
-    rows: tuple[Row, ...] = Field(min_length=1, strict=False, description="rows of Table 2 for every model, in order")
-
+    methods: tuple[str, ...] = Field(
+        min_length=1,
+        strict=False,
+        description="files in workflow/config/methods: rows of Table 2 for every model, in order. Those that stand for a "
+        "row of the paper's Tables 7 to 9 are rows there too",
+    )
     targets: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(
         default_factory=dict,
         description="models of a table or figure (`table4`) that are not the suite's, or names in `absent_models`",
@@ -209,11 +199,6 @@ class SuiteConfig(Strict):
     def applied_to(self, model: ModelConfig) -> ModelConfig:
         """A model with the suite's changes."""
         return model.model_copy(update={"calibration": self.calibration.apply(model.calibration)})
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Method configs of the rows that have one, in order."""
-        return tuple(row.method for row in self.rows if row.method is not None)
 
 
 Config = TypeVar("Config", bound=Strict)

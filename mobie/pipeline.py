@@ -32,12 +32,13 @@ from mobie.calibration.shared import GradientCache, GradientFolder, basis_digest
 from mobie.calibration.statistics import BlockStatistics, CalibrationPolicy
 from mobie.calibration.store import ActivationStore, Memory
 from mobie.calibration.stream import Stream, enter_first_block
-from mobie.errors import DataError
+from mobie.errors import ConfigError, DataError
+from mobie.methods.allocation import AllocatingMethod
 from mobie.methods.base import Method
 from mobie.models.base import Adapter
 from mobie.models.load import kept_dtype, model_type
 from mobie.models.weights import StreamedModel
-from mobie.packing.base import BitLedger
+from mobie.packing.base import BitLedger, Packed
 from mobie.packing.checkpoint import (
     KEPT,
     BlockNames,
@@ -54,6 +55,7 @@ from mobie.packing.folder import finish_folder, refuse_quantized
 from mobie.packing.summary import bits_by_component, scale_summary
 from mobie.resources import Resources
 from mobie.storage import make_folder, remove_abandoned
+from mobie.survey import Finding, Survey
 
 BATCH_SEQUENCES = 8
 BATCH_TOKENS = 8192  # at most, where a sequence is not longer itself
@@ -70,9 +72,9 @@ class QuantizeReport:
     file_bytes:  size of all weight files of the checkpoint.
     gradient_cpu_seconds: of the gradient pass, in this job or in the one that shared its result; None for a method
                  without one.
-    blocks:      per block: CPU seconds (None where the block was read back; shared guided Hessians count with their
-                 own), tokens per expert, experts that borrowed pooled statistics, relative output error per projection,
-                 quantiles of the scales.
+    blocks:      per block: CPU seconds (None where the block was read back; a survey and shared guided Hessians count
+                 with it), tokens per expert, experts that borrowed pooled statistics, relative output error per
+                 projection, quantiles of the scales; of a method that shares out bits what it found and allocated.
     components:  bits and weights of experts, attention and so on.
     gradients_shared: whether loss gradients were read back, not computed; None for a method without them.
     """
@@ -183,10 +185,16 @@ def quantize(
     Raises:
         DataError: unusable weights, calibration tokens or files.
         UnsupportedError: an architecture that no adapter describes.
+        ConfigError: a method and a policy that exclude each other.
         StorageError: the checkpoint cannot be written.
     """
     Adapter(model_type(model_folder))  # refuses what no adapter describes
     refuse_quantized(model_folder)
+    if method.token_weighting == "gate" and policy.experts == "all_experts":
+        raise ConfigError(
+            f"{method.name}: token_weighting 'gate' with the policy 'all_experts': an expert has no router score for "
+            "tokens that are not routed to it; expected the policy 'routed', or token_weighting 'none'"
+        )
     streamed = StreamedModel(model_folder, resources.torch_devices()[0])
     _check_calibration(calibration, streamed.model)
     shared = gradient_cache is not None and method.needs_gradients
@@ -196,6 +204,8 @@ def quantize(
     batches = batches_of(calibration)
     if method.needs_gradients:
         loop.take_gradients(batches, gradient_cache, progress)
+    if isinstance(method, AllocatingMethod):
+        loop.allocate(method, batches, progress)
     with torch.no_grad():
         save_tensors(out / KEPT, survey.kept, {"fingerprint": fingerprint})
         loop.enter(batches)
@@ -251,6 +261,8 @@ class _Loop:
         self._gradients: GradientFolder | None = None
         self._shares = False
         self._guided: list[Guided] | None = None  # of all blocks, where another job left them
+        self._methods = [method] * len(streamed.blocks)
+        self._findings: list[Finding] = []  # of all blocks, where the method shares out bits
         self._stream: Stream | None = None
         self._full_stream: Stream | None = None
 
@@ -278,6 +290,13 @@ class _Loop:
         store = ActivationStore(self.work / "gradients", key, self._memory, keep=size > self._memory.left)
         with tqdm(total=2 * blocks * tokens, desc="loss gradients", unit="tok", disable=not progress) as bar:
             return GradientPass(self.streamed, self.method, batches, store, gradients, bar.update).run()
+
+    def allocate(self, method: AllocatingMethod, batches: Sequence[Tensor], progress: bool) -> None:
+        """Survey the model and fix the method of every block, unless every block is finished."""
+        if not all(self._finished):
+            survey = Survey(self.streamed, method, self.work / "survey", self._fingerprint, self._memory)
+            self._findings = survey.run(batches, progress=progress)
+            self._methods = method.allocate([finding.values for finding in self._findings])
 
     def enter(self, batches: Sequence[Tensor]) -> None:
         """Put the streams before the first block."""
@@ -337,30 +356,61 @@ class _Loop:
             self._stream.through(block)
 
     def _quantize(self, index: int, block: nn.Module) -> float:
-        """Gather statistics, quantize, write the shard; returns the CPU seconds another job spent on this block."""
-        groups, experts = self.adapter.linear_groups(block), self.adapter.experts_module(block)
-        guided, observer, credit, statistics = None, None, 0.0, None
+        """Gather statistics, quantize, write the shard; returns the CPU seconds spent on this block before."""
+        method = self._methods[index]
+        guided, observer, credit, statistics, router = None, None, 0.0, None, None
         if self._guided is not None:
             guided = self._guided[index]
             credit = guided.cpu_seconds
         elif self._gradients is not None:
             guided, observer = self._guided_of(index, block)
-        if self.method.needs_statistics:
-            assert self._stream is not None  # `enter` has made it
-            if self.method.quantizes_router and experts is not None:
-                groups.append({self.adapter.architecture.router: self.adapter.router(block)})
-            everyone = self.policy.experts == "all_experts"
-            shape = self._stream.shape(groups, experts)
-            statistics = BlockStatistics(shape, self._store, Cache(self._memory), everyone=everyone)
+        if method.needs_statistics:
             moves = self.policy.inputs == "full_precision" and index < self._last
-            self._stream.observe(block, statistics, move=moves)
-        packed, details = quantize_block(block, self.adapter, self.method, statistics, guided, self._resources)
+            statistics, router = self._gather(block, method, move=moves)
+        packed, details = quantize_block(block, self.adapter, method, statistics, guided, self._resources, router)
+        if self._findings:
+            credit += self._findings[index].cpu_seconds
+            details |= {"allocation": method.options, "survey": self._findings[index].values}
         for kept in (observer, statistics):
             if kept is not None:
                 kept.drop()
         names = BlockNames.of(self.adapter, index)
         save_block(block_path(self.out, index), packed, self._shard_fingerprint(index), details, names)
         return credit
+
+    def _gather(self, block: nn.Module, method: Method, *, move: bool) -> tuple[BlockStatistics, Packed | None]:
+        """Statistics of a block, and its packed router where that has to be in place before they are gathered.
+
+        move: let the stream go behind the block as it was.
+        """
+        assert self._stream is not None  # `enter` has made it
+        groups, experts = self.adapter.linear_groups(block), self.adapter.experts_module(block)
+        if method.quantizes_router and experts is not None:
+            groups.append({self.adapter.architecture.router: self.adapter.router(block)})
+        shared = self.adapter.shared_expert(block) if method.token_weighting == "gate" else None
+        shape = self._stream.shape(groups, experts, shared)
+        everyone = self.policy.experts == "all_experts"
+        statistics = BlockStatistics(shape, self._store, Cache(self._memory), everyone=everyone)
+        if not (method.quantizes_router and method.routes_as_stored and experts is not None):
+            self._stream.observe(block, statistics, move=move)
+            return statistics, None
+        router = self.adapter.moe_router(block)
+        original = router.weight.detach().clone()
+        packed = self._quantize_router(block, method)
+        router.weight.copy_(packed.dequantize())
+        self._stream.observe(block, statistics, move=False)
+        if move:
+            router.weight.copy_(original)
+            self._stream.through(block)
+        return statistics, packed
+
+    def _quantize_router(self, block: nn.Module, method: Method) -> Packed:
+        """The router of a block, quantized from what flows into it."""
+        assert self._stream is not None  # `enter` has made it
+        name, router = self.adapter.architecture.router, self.adapter.moe_router(block)
+        inputs = BlockStatistics(self._stream.shape([{name: router}], None), self._store, Cache(self._memory))
+        self._stream.observe(block, inputs, move=False)
+        return method.quantize_router(router.weight.detach().float(), inputs.linear_stats()[name])
 
     def _guided_of(self, index: int, block: nn.Module) -> tuple[Guided, GuidedHessians]:
         """Guided Hessians of a block from its token weights; the full-precision stream moves on."""

@@ -1,7 +1,7 @@
 """Where a result comes from: hashes of its inputs and of the code that made it, versions, host.
 
-The code hash is taken over syntax trees: a comment, a docstring or a line break does not change it, and only modules
-that the job's own code imports (directly or not) are in it.
+The code hash is taken over syntax trees: a comment, a docstring or a line break does not change it, nor what a method
+says of itself for plans alone, and only modules that the job's own code imports (directly or not) are in it.
 """
 
 from __future__ import annotations
@@ -73,9 +73,13 @@ def _imported(tree: ast.AST) -> Iterator[str]:
         yield from (name for name in names if name.split(".")[0] == "mobie")
 
 
+#: what a method's class says for plans and tables (mobie/methods/base.py): a better estimate makes no result stale
+NO_RESULT = frozenset({"seconds_per_weight", "stored_bits", "stores_signs"})
+
+
 @cache
 def _parsed(path: Path) -> tuple[str, tuple[str, ...]]:
-    """Digest of a module's tree without docstrings, and the modules it imports."""
+    """Digest of a module's tree without docstrings and `NO_RESULT`, and the modules it imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     imports = tuple(sorted(set(_imported(tree))))
     for node in ast.walk(tree):
@@ -83,7 +87,15 @@ def _parsed(path: Path) -> tuple[str, tuple[str, ...]]:
             ast.get_docstring(node, clean=False) is not None
         ):
             node.body = node.body[1:]
+        if isinstance(node, ast.ClassDef):
+            node.body = [part for part in node.body if not _is_no_result(part)]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
+
+
+def _is_no_result(statement: ast.stmt) -> bool:
+    """Whether a statement sets one of `NO_RESULT`, annotated."""
+    target = statement.target if isinstance(statement, ast.AnnAssign) else None
+    return isinstance(target, ast.Name) and target.id in NO_RESULT
 
 
 def import_closure(modules: Iterable[str]) -> dict[str, Path]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mobie.calibration.pooling import pool, pool_channels
 from mobie.errors import DataError
+from mobie.methods.allocation import AllocatingMethod, LayerView
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
 from mobie.packing.base import Packed
 
@@ -164,7 +165,10 @@ def _token_weights(
 def quantize_weight(method: Method, weight: Tensor, inputs: Inputs, gradients: tuple[Tensor, ...] | None) -> Packed:
     """Quantize `(out, in)` as one Linear, or `(experts, out, in)` as a bank."""
     if weight.ndim == 2:
-        return method.quantize_linear(weight, _stats(inputs, 0, _token_weights(method, inputs, 0, gradients, None)))
+        own = _stats(inputs, 0, _token_weights(method, inputs, 0, gradients, None))
+        if isinstance(method, AllocatingMethod):
+            method = method.over(LayerView({PROJECTION: weight}, {PROJECTION: own}))
+        return method.quantize_linear(weight, own)
     bank = ExpertBank({PROJECTION: weight}, ((PROJECTION,),))
     basis = method.gradient_bases(bank)[PROJECTION] if method.needs_gradients and gradients else None
     experts = [
@@ -172,7 +176,15 @@ def quantize_weight(method: Method, weight: Tensor, inputs: Inputs, gradients: t
         for expert in range(len(weight))
     ]
     pooled = pool(experts) if inputs.per_expert else experts[0]
-    return method.quantize_experts(bank, BankStats({PROJECTION: experts}, {PROJECTION: pooled}))[PROJECTION]
+    stats = BankStats({PROJECTION: experts}, {PROJECTION: pooled})
+    if isinstance(method, AllocatingMethod):
+
+        def output(expert: int, weights: Mapping[str, Tensor]) -> Tensor:
+            x = inputs.rows[expert if inputs.per_expert else 0]
+            return x @ weights.get(PROJECTION, weight[expert]).T
+
+        method = method.over(LayerView(bank=bank, bank_stats=stats, expert_output=output))
+    return method.quantize_experts(bank, stats)[PROJECTION]
 
 
 def round_trip(packed: Packed) -> Packed:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from surveyed import fixed
 from tiny import HIDDEN, make_model
 from torch import nn
 
 from mobie.config import default_layout, load_method
-from mobie.methods.base import BankStats, LinearStats, Method
+from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
 from mobie.models.base import ARCHITECTURES, Adapter
 from mobie.packing.bank import split_gate_up
 from mobie.packing.checkpoint import BlockNames, PackedBlock, load_block, save_block, write_block
@@ -41,29 +42,36 @@ def statistics(features: int, groups: int, seed: int) -> LinearStats:
 
 
 def tiny_method(config: str) -> Method:
-    """A method config, with few iterations, and a rank that a tiny bank has."""
-    options = {"iterations": 1, "rank": 8} if config == "mobie-truncated" else {"iterations": 1}
+    """A method config, with few iterations, a rank that a tiny bank has, and a budget that its attention leaves."""
+    options = {"iterations": 1, "rank": 8} if config == "mobie-truncated" else {"iterations": 1, "budget": 3.8}
     known = load_method(config).build().options
     return load_method("+".join([config, *(f"{n}={v}" for n, v in options.items() if n in known)])).build()
 
 
+def statistics_of(bank: ExpertBank, groups: int) -> BankStats:
+    features = {name: weight.shape[2] for name, weight in bank.projections.items()}
+    own = {n: [statistics(f, groups, e) for e in range(EXPERTS)] for n, f in features.items()}
+    return BankStats(own, {n: s[0] for n, s in own.items()})
+
+
 def pack(block: nn.Module, adapter: Adapter, method: Method) -> PackedBlock:
+    modules = {name: module for group in adapter.linear_groups(block) for name, module in group.items()}
+    weights = {name: module.weight.detach() for name, module in modules.items()}
+    own = {name: statistics(weight.shape[1], method.gradient_groups, 0) for name, weight in weights.items()}
+    bank = adapter.expert_bank(block)
+    bank_stats = None if bank is None else statistics_of(bank, method.gradient_groups)
+    method = fixed(method, bank, bank_stats, weights, own)
     linears = {}
     for group in adapter.linear_groups(block):
-        weights = {name: module.weight.detach() for name, module in group.items()}
-        shared = statistics(next(iter(weights.values())).shape[1], method.gradient_groups, 0)
         roles = {name.rpartition(".")[2]: name for name in group}
-        packed = method.quantize_group({r: weights[n] for r, n in roles.items()}, dict.fromkeys(roles, shared))
+        packed = method.quantize_group(*({r: of[n] for r, n in roles.items()} for of in (weights, own)))
         linears |= {roles[role]: part for role, part in packed.items()}
-    bank = adapter.expert_bank(block)
-    if bank is None:
+    if bank is None or bank_stats is None:
         return PackedBlock(linears, {})
     if method.quantizes_router:
         router = adapter.moe_router(block).weight.detach()
         linears[adapter.architecture.router] = method.quantize_router(router, statistics(HIDDEN, 1, 0))
-    features = {name: weight.shape[2] for name, weight in bank.projections.items()}
-    own = {n: [statistics(f, method.gradient_groups, e) for e in range(EXPERTS)] for n, f in features.items()}
-    return PackedBlock(linears, method.quantize_experts(bank, BankStats(own, {n: s[0] for n, s in own.items()})))
+    return PackedBlock(linears, method.quantize_experts(bank, bank_stats))
 
 
 @pytest.mark.parametrize("config", METHODS)

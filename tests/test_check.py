@@ -60,7 +60,7 @@ def _write_configuration(layout: Layout) -> None:
     }
     layout.config_file("models", MODEL).write_text(yaml.safe_dump(model))
     suite = yaml.safe_load(layout.config_file("suites", "tiny").read_text())
-    suite |= {"models": [MODEL], "rows": [{"method": method} for method in METHODS]}
+    suite |= {"models": [MODEL], "methods": list(METHODS)}
     suite.pop("calibration", None)
     layout.config_file("suites", SUITE).write_text(yaml.safe_dump(suite))
 

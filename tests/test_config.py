@@ -67,8 +67,8 @@ def test_the_promised_names_exist() -> None:
 
 def test_rows_of_the_paper_suite_are_those_of_the_paper() -> None:
     suite = load_suite("paper", HERE)
-    labels = [load_method(row.method, HERE).paper.method if row.method else row.label for row in suite.rows]
-    assert labels == ["Baseline", "AWQ", "GPTQ", "AWQ", "GPTQ", "MoEQuant", "NoWag", "BiLLM", "ARB-LLM", "MoBiE"]
+    labels = [load_method(name, HERE).paper.method for name in suite.methods]
+    assert labels == ["Baseline", "AWQ", "GPTQ", "AWQ", "GPTQ", "BiLLM", "ARB-LLM", "MoBiE"]
     models = [load_model_config(model, HERE).label for model in suite.models]
     assert models == ["OLMoE", "DeepSeekV2-Lite", "Qwen3-MoE"]
 
@@ -97,8 +97,8 @@ def test_a_misspelt_key_is_refused_with_the_file_and_the_near_key(repository: La
 
 def test_a_misspelt_key_deep_in_a_file_is_named_with_its_place(repository: Layout) -> None:
     path = repository.config_file("suites", "smoke")
-    edit(path, rows=[{"method": "fp16"}, {"method": "rtn-w3", "absnt": "x"}])
-    with pytest.raises(ConfigError, match=r"unknown key in rows\.1 'absnt'; did you mean absent\?"):
+    edit(path, calibration={"sequnces": 3})
+    with pytest.raises(ConfigError, match=r"unknown key in calibration 'sequnces'; did you mean sequences\?"):
         load_suite("smoke", repository)
     path = repository.config_file("models", "nano-olmoe")
     edit(path, calibration={"text": "wiki", "sequences": 1, "lenght": 8})
@@ -142,18 +142,9 @@ def test_a_file_that_is_no_mapping_is_refused(repository: Layout, text: str) -> 
 
 
 @pytest.mark.parametrize(
-    "row", [{}, {"label": "X"}, {"absent": "why"}, {"method": "fp16", "absent": "why", "label": "X"}]
-)
-def test_a_row_is_either_a_method_or_absent_with_its_label(repository: Layout, row: dict[str, str]) -> None:
-    edit(repository.config_file("suites", "smoke"), rows=[row])
-    with pytest.raises(ConfigError, match="expected either"):
-        load_suite("smoke", repository)
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": [{"method": "mobi"}]}, "unknown method 'mobi'; did you mean .*mobie"),
+        ({"methods": ["mobi"]}, "unknown method 'mobi'; did you mean .*mobie"),
         ({"models": ["nano"]}, "unknown model 'nano'"),
         ({"protocol": "smoky"}, "unknown protocol 'smoky'; did you mean smoke"),
         ({"wikitext2_text": "wikitext"}, "unknown text 'wikitext'"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from surveyed import fixed
 from test_method_contract import EXPERTS, HIDDEN, WIDTH, assert_same, layer, stats
 
 from mobie.config import load_method
@@ -26,6 +27,7 @@ METHODS = (
     "mobie-right",
 )
 METHODS += ("mobie-fused", "mobie-matrix-scope", "mobie-none", "mobie-sigma2", "mobie-triangular-feedback")
+METHODS += ("quantmoe-2.3",)
 COPIES = 2  # experts of the layer, once and again with other weights: six
 
 
@@ -45,6 +47,7 @@ def per_expert(config: str, bank: ExpertBank, *names: str) -> int:
 def test_bytes_do_not_depend_on_chunks_or_devices(config: str) -> None:
     method = load_method(config).build()
     bank, statistics = larger_layer(method.gradient_groups)
+    method = fixed(method, bank, statistics)
     whole = method.quantize_experts(bank, statistics)
     one = per_expert(config, bank, "gate", "up")
     two = (torch.device("cpu"), torch.device("cpu"))
@@ -78,6 +81,7 @@ class Watched(FormedStats):
 def test_statistics_are_asked_for_once_in_order_and_not_kept(config: str) -> None:
     method = load_method(config).build()
     bank, plain = larger_layer(method.gradient_groups)
+    method = fixed(method, bank, plain)
     whole = method.quantize_experts(bank, plain)
     watched = {name: Watched(own) for name, own in plain.experts.items()}
     budget = 2 * per_expert(config, bank, "gate", "up")

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import exact_bank, exact_panel, random_bank, random_experts, random_matrix
+from surveyed import fixed
 from test_method_contract import CONFIGS, layer
 
 from mobie.config import load_method
@@ -44,7 +45,8 @@ OTHERS += ["billm", "billm-glas-nges", "arb", "arb-rc", "arb-x-cgb"]
 def quantized(config: str) -> dict[str, Packed]:
     """Experts of the layer of the method contract: 3 experts, hidden 144 (two blocks of columns), width 40."""
     method = load_method(config).build()
-    return dict(method.quantize_experts(*layer(method.gradient_groups)))
+    experts = layer(method.gradient_groups)
+    return dict(fixed(method, *experts).quantize_experts(*experts))
 
 
 def stored_dense(bank: PackedBank) -> np.ndarray:

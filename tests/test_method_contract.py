@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from surveyed import fixed
 
 from mobie.config import default_layout, load_method
 from mobie.methods.base import BankStats, ExpertBank, LinearStats
@@ -43,6 +44,7 @@ def assert_same(a: Packed, b: Packed) -> None:
 def test_bank_is_packed_whole_and_the_same_every_time(config: str) -> None:
     method = load_method(config).build()
     bank, statistics = layer(method.gradient_groups)
+    method = fixed(method, bank, statistics)
     packed = method.quantize_experts(bank, statistics)
     again = method.quantize_experts(bank, statistics)
     total = sum(weight.numel() for weight in bank.projections.values())
@@ -64,15 +66,15 @@ def test_linear_group_gives_weights_nearer_than_nothing(config: str) -> None:
     method = load_method(config).build()
     generator = torch.Generator().manual_seed(3)
     weights = {name: 0.1 * torch.randn(WIDTH, HIDDEN, generator=generator) for name in ("q_proj", "k_proj", "v_proj")}
-    shared = stats(HIDDEN, method.gradient_groups, 0)
-    packed = method.quantize_group(weights, dict.fromkeys(weights, shared))
+    shared = dict.fromkeys(weights, stats(HIDDEN, method.gradient_groups, 0))
+    packed = fixed(method, linears=weights, linear_stats=shared).quantize_group(weights, shared)
     assert packed.keys() == weights.keys()
     for name, weight in weights.items():
         dense = packed[name].dequantize()
         assert dense.shape == weight.shape
         difference = dense - weight
-        error = ((difference @ shared.hessian) * difference).sum()
-        power = ((weight @ shared.hessian) * weight).sum()
+        error = ((difference @ shared[name].hessian) * difference).sum()
+        power = ((weight @ shared[name].hessian) * weight).sum()
         assert error < power  # closer to the layer's output than the zero matrix
 
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from mobie.calibration.statistics import CalibrationPolicy
 from mobie.calibration.stream import Stream
 from mobie.config import build_method, method_classes
 from mobie.errors import DataError, StorageError, UnsupportedError
+from mobie.methods.allocation import AllocatingMethod, LayerView
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
 from mobie.models.base import ARCHITECTURES, Adapter
 from mobie.models.weights import StreamedModel
@@ -64,6 +65,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "mobie": ("mobie", {"iterations": 2}),
     "mobie-none": ("mobie", {"iterations": 2, "joint_svd": "off", "glas": False, "nges": False}),
     "mobie-router": ("mobie", {"iterations": 2, "router": "binarized", "joint_svd": "fused_gate_up"}),
+    "quantmoe": ("quantmoe", {"budget": 3.0, "group_size": 16}),
     "mobie-right": ("mobie", {"iterations": 2, "shared_side": "right", "null_space": "position_mean"}),
 }
 TOKENS = random_tokens(9, 12)  # two batches
@@ -114,6 +116,29 @@ class Watched:
         return self.routers[-1]
 
 
+class WatchedAllocation(Watched, AllocatingMethod):
+    """A method that shares out bits: remembers what the methods of all blocks saw and returned."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self._inner.options
+
+    def survey(self, view: LayerView) -> dict[str, Any]:
+        return self._inner.survey(view)
+
+    def allocate(self, surveys: Sequence[Mapping[str, Any]]) -> list[Any]:
+        parts = [Watched(method, self._fail_at, self._error) for method in self._inner.allocate(surveys)]
+        for part in parts:
+            part.banks, part.linears, part.linear_stats = self.banks, self.linears, self.linear_stats
+            part.experts, part.routers = self.experts, self.routers
+        return parts
+
+
+def watch(inner: Method, fail_at: int | None = None, error: BaseException | None = None) -> Watched:
+    """Watch a method of either kind."""
+    return (WatchedAllocation if isinstance(inner, AllocatingMethod) else Watched)(inner, fail_at, error)
+
+
 def never(*_: Any, **__: Any) -> None:
     raise AssertionError("computed again")
 
@@ -144,7 +169,7 @@ def test_every_registered_method_is_tried_here() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_checkpoint_holds_exactly_what_the_method_returned(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    watched = Watched(method(name))
+    watched = watch(method(name))
     report = quantize(sources["olmoe"], watched, TOKENS, tmp_path, fingerprint="job")
     model, _ = load_model(tmp_path)
     original = make_model("olmoe")
@@ -316,7 +341,7 @@ def test_experts_with_no_and_with_one_token(name: str, tmp_path: Path) -> None:
     source = save_model(model, tmp_path / "source")
     ids = TOKENS.masked_fill(rare == TOKENS, rare + 1)
     ids[4, 3] = rare
-    watched = Watched(method(name))
+    watched = watch(method(name))
     report = quantize(source, watched, ids, tmp_path / "out", fingerprint="job")
     loaded, _ = load_model(tmp_path / "out")
     with torch.no_grad():
@@ -396,7 +421,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("inputs", ["quantized_prefix", "full_precision"])
-@pytest.mark.parametrize("name", ["gptq", "mobie", "mobie-router"])
+@pytest.mark.parametrize("name", ["gptq", "mobie", "mobie-router", "quantmoe"])
 def test_killed_run_goes_on_and_ends_with_the_same_bytes(
     name: str, inputs: Any, sources: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -404,12 +429,12 @@ def test_killed_run_goes_on_and_ends_with_the_same_bytes(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = quantize(sources["olmoe"], method(name), TOKENS, whole, fingerprint="job", policy=policy)
     with pytest.raises(Killed):
-        quantize(sources["olmoe"], Watched(method(name), 1, Killed()), TOKENS, parts, fingerprint="job", policy=policy)
+        quantize(sources["olmoe"], watch(method(name), 1, Killed()), TOKENS, parts, fingerprint="job", policy=policy)
     assert block_path(parts, 0).exists() and not block_path(parts, 1).exists() and not (parts / MANIFEST).exists()
     with pytest.raises(DataError, match="manifest"):
         load_model(parts)
     stamp = block_path(parts, 0).stat().st_mtime_ns
-    again = Watched(method(name))
+    again = watch(method(name))
     report = quantize(sources["olmoe"], again, TOKENS, parts, fingerprint="job", policy=policy)
     assert len(again.banks) == 1 and len(again.linears) == 2  # block 1 only
     assert block_path(parts, 0).stat().st_mtime_ns == stamp

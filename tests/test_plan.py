@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from test_workflow import planned, snakemake
 
 from mobie.cli import main
-from mobie.config import config_names, load_method, load_model_config, load_suite, method_classes
+from mobie.config import config_names, load_method, load_model_config, load_suite
 from mobie.errors import ConfigError
-from mobie.jobs import quantize_cost
+from mobie.jobs import methods, quantize_cost
 from mobie.jobs.cost import WORK, expect
 from mobie.jobs.keys import Keys, model_files
+from mobie.jobs.methods import is_allocating, method_fact
 from mobie.jobs.size import size_of
+from mobie.methods.allocation import AllocatingMethod
 from mobie.paths import PACKAGE, Layout
 from mobie.plan.budget import budget
 from mobie.plan.graph import Graph
@@ -131,15 +133,32 @@ def test_gated_models_are_named(repository: Layout) -> None:
     assert budget(Graph(repository, "paper").jobs([TABLE2]), repository).gated == ["olmoe-1b-7b"]
 
 
-def test_the_table_of_methods_says_what_the_methods_say() -> None:
-    classes = method_classes()
-    assert set(quantize_cost.METHODS) == set(classes)
-    for name, cost in quantize_cost.METHODS.items():
-        assert cost.statistics == classes[name].needs_statistics, name
-    for name in config_names("methods", HERE):
-        config = load_method(name, HERE)
-        assert quantize_cost.needs_gradients(config) == config.build().needs_gradients, name
-        assert 1 < quantize_cost.stored_bits(config, size_of(load_model_config("olmoe-1b-7b", HERE))) <= 16
+@pytest.mark.parametrize("name", config_names("methods", HERE))
+def test_a_plan_knows_of_a_method_what_its_class_says(name: str) -> None:
+    config = load_method(name, HERE)
+    method = config.build()
+    assert quantize_cost.needs_gradients(config) == method.needs_gradients
+    assert quantize_cost.needs_statistics(config) == method.needs_statistics
+    assert quantize_cost.groups_of(config) == method.gradient_groups
+    assert is_allocating(config.method) == isinstance(method, AllocatingMethod)
+    for fact in ("seconds_per_weight", "stored_bits", "stores_signs", "guided_by", "gradient_options"):
+        assert method_fact(config.method, fact) == getattr(method, fact), fact
+    assert 1 < quantize_cost.stored_bits(config, size_of(load_model_config("olmoe-1b-7b", HERE))) <= 16
+
+
+def test_what_is_no_literal_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "methods").mkdir()
+    lines = ["@register", "class Own(Method):", '    name = "own"', "    stored_bits = 2 * width"]
+    (tmp_path / "methods" / "own.py").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr("mobie.jobs.methods.PACKAGE", tmp_path)
+    for cached in (methods._classes, methods._registered, method_fact):
+        cached.cache_clear()
+        monkeypatch.setattr(methods, cached.__name__, cached.__wrapped__)
+    assert methods.method_modules() == {"own": "mobie.methods.own"}
+    with pytest.raises(ValueError, match=r"mobie\.methods\.own: stored_bits is 2 \* width, expected a literal"):
+        methods.method_fact("own", "stored_bits")
+    with pytest.raises(ConfigError, match="unknown method 'owl'; did you mean own"):
+        methods.method_fact("owl", "stored_bits")
 
 
 @pytest.mark.parametrize("name", [n for n in config_names("models", HERE)])

@@ -197,6 +197,16 @@ def test_comments_docstrings_and_layout_do_not_change_the_code_hash(package: Pat
     assert provenance.code_hash(["mobie.a"]) != before
 
 
+def test_what_a_method_says_for_plans_does_not_change_the_code_hash(package: Path) -> None:
+    def changed(*facts: str) -> str:
+        (package / "a.py").write_text("\n    ".join(["class A:", "x: ClassVar[int] = 1", *facts]) + "\n")
+        return provenance.code_hash(["mobie.a"])
+
+    before = changed()
+    assert changed("seconds_per_weight: ClassVar[float] = 1e-7", "stored_bits: ClassVar[float] = 3.0") == before
+    assert changed("guided_by: ClassVar[object] = None") != before
+
+
 def test_a_root_that_does_not_exist_is_a_mistake(package: Path) -> None:
     with pytest.raises(ValueError, match="mobie.nothing"):
         provenance.code_hash(["mobie.nothing"])

@@ -18,6 +18,7 @@ from mobie.errors import ConfigError
 from mobie.figures import FIGURES, figure_records
 from mobie.jobs import stale
 from mobie.jobs.keys import Keys, model_files
+from mobie.jobs.methods import method_modules
 from mobie.jobs.score import REFERENCE
 from mobie.paths import PACKAGE, Layout
 from mobie.plan.graph import Graph
@@ -110,7 +111,7 @@ def test_one_job_of_another_seed_can_be_asked_for(repository: Layout) -> None:
     [
         ("smke", {}, "unknown suite 'smke'; did you mean smoke?"),
         ("smoke", {"protocl": "smoke"}, "unknown key 'protocl'; did you mean protocol?"),
-        ("smoke", {"rows": [{"method": "mobi"}]}, "unknown method 'mobi'"),
+        ("smoke", {"methods": ["mobi"]}, "unknown method 'mobi'"),
     ],
 )
 def test_mistakes_in_a_suite_are_one_message(repository: Layout, suite: str, change: dict, message: str) -> None:
@@ -124,7 +125,7 @@ def test_mistakes_in_a_suite_are_one_message(repository: Layout, suite: str, cha
 
 def test_a_finished_table_needs_no_job_until_something_that_decides_it_changes(repository: Layout) -> None:
     path = repository.config_file("suites", "smoke")
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"rows": [{"method": "rtn-w3"}]}))
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"methods": ["rtn-w3"]}))
     root = repository.root
     keys = Keys(repository, "smoke", "nano-olmoe", 0, "rtn-w3")
     for kind in ("quantize", "perplexity", "tasks", "routing"):
@@ -145,11 +146,11 @@ def test_a_finished_table_needs_no_job_until_something_that_decides_it_changes(r
 
 def test_methods_found_by_syntax_are_those_that_register() -> None:
     registered = {name: cls.__module__ for name, cls in method_classes().items()}
-    assert stale.method_modules() == registered
+    assert method_modules() == registered
 
 
 def test_each_method_has_its_own_code_hash() -> None:
-    hashes = {name: stale.quantize_code(name) for name in stale.method_modules()}
+    hashes = {name: stale.quantize_code(name) for name in method_modules()}
     assert len(set(hashes.values())) == len(hashes)
     with pytest.raises(ConfigError, match="did you mean"):
         stale.quantize_code("gptqq")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mobie.calibration.store import ActivationStore
-from mobie.models.experts import expert_count, expert_inputs, project
+from mobie.models.experts import SharedExpert, expert_count, expert_inputs, expert_output, project
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class BlockShape:
     linear_groups: modules with a `weight (out, in)`, by name, grouped by shared input.
     experts:       the fused experts module, or None in a dense block.
     sequences, length, batches: `sequences · length` calibration tokens come in so many batches.
+    shared:        the shared expert with a gate, where the block has one and its score is wanted.
     """
 
     linear_groups: Sequence[Mapping[str, nn.Module]]
@@ -27,6 +28,7 @@ class BlockShape:
     sequences: int
     length: int
     batches: int
+    shared: SharedExpert | None = None
 
     def input_features(self) -> dict[str, int]:
         """Input features of the experts' projections; empty in a dense block."""
@@ -50,11 +52,13 @@ class ExpertRows:
     name: str
     everyone: bool = False
     routes: list[Tensor] = field(default_factory=list)  # per batch `(tokens, k)`, the expert of each slot
+    scores: list[Tensor] = field(default_factory=list)  # per batch `(tokens, k)`, by which its output is multiplied
 
-    def add(self, hidden: Tensor, top_k_index: Tensor) -> None:
-        """Take the rows `(tokens, hidden)` of a batch and the experts they go to."""
+    def add(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        """Take the rows `(tokens, hidden)` of a batch, the experts they go to, and the router's scores of these."""
         self.store.put(self._key(len(self.routes)), hidden)
         self.routes.append(top_k_index.cpu())
+        self.scores.append(top_k_weights.detach().cpu())
 
     def _key(self, batch: int) -> str:
         return f"{self.name}-{batch:05d}"
@@ -70,12 +74,39 @@ class ExpertRows:
         """Inputs `(rows, in)` of one projection of an expert and the tokens they belong to, batch by batch."""
         offset = 0
         for batch, route in enumerate(self.routes):
-            # slots before tokens: the library's order
-            token = torch.arange(len(route)) if self.everyone else torch.where((route == expert).T)[1]
+            token = torch.arange(len(route)) if self.everyone else self._slots(batch, expert)[1]
             if len(token):
                 x = self.store.get(self._key(batch))[token].to(self.module.down_proj.device)
                 yield self._input(projection, expert, x), token + offset
             offset += len(route)
+
+    def scores_of(self, expert: int) -> Iterator[Tensor]:
+        """The router's scores `(rows,)` of the tokens that `of` gives, batch by batch; not for `everyone`."""
+        assert not self.everyone  # an expert has no score for tokens that are not routed to it
+        for batch, scores in enumerate(self.scores):
+            slot, token = self._slots(batch, expert)
+            if len(token):
+                yield scores[token, slot].float()
+
+    def _slots(self, batch: int, expert: int) -> tuple[Tensor, ...]:
+        """Slots of a batch that go to an expert, and their tokens; slots before tokens: the library's order."""
+        return torch.where((self.routes[batch] == expert).T)
+
+    @torch.no_grad()
+    def output(self, expert: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """What an expert adds to the layer's output, `(rows, hidden)` float32, over the tokens routed to it.
+
+        `weights` `(out, in)` by projection take the place of its own.
+        """
+        device = self.module.down_proj.device
+        parts = [torch.zeros(0, expert_inputs(self.module)["gate"], device=device)]
+        for batch, scores in enumerate(self.scores):
+            slot, token = self._slots(batch, expert)
+            if len(token):
+                x = self.store.get(self._key(batch))[token].to(device)
+                score = scores[token, slot, None].to(device).float()
+                parts.append(score * expert_output(self.module, expert, x.float(), weights))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def _input(self, projection: str, expert: int, x: Tensor) -> Tensor:
@@ -107,7 +138,7 @@ class BlockObserver:
         ]
         if self._rows is not None:
             rows = self._rows
-            handles.append(rows.module.register_forward_pre_hook(lambda _, args: rows.add(args[0], args[1])))
+            handles.append(rows.module.register_forward_pre_hook(lambda _, args: rows.add(*args[:3])))
         try:
             yield
         finally:

@@ -6,9 +6,11 @@ computed from its rows when they are asked for (`lazy`), so that memory does not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -18,7 +20,7 @@ from mobie.calibration.lazy import Cache, Lazy, LazyMap
 from mobie.calibration.observer import BlockObserver, BlockShape, ExpertRows
 from mobie.calibration.pooling import SAMPLE_ROWS, pool
 from mobie.calibration.store import ActivationStore
-from mobie.methods.base import BankStats, LinearStats
+from mobie.methods.base import BankStats, LinearStats, TokenWeighting
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ class Accumulator:
         self._sample = [torch.zeros(0, features, device=device)]
         self._rows_per_call = rows_per_call
 
-    def add(self, x: Tensor) -> None:
-        """Take rows `(tokens, features)`."""
+    def add(self, x: Tensor, scores: Tensor | None = None) -> None:
+        """Take rows `(tokens, features)`; with scores `(tokens,)` the Hessian is that of `√score · x`."""
         x = x.detach().float()
         self.count += len(x)
-        self._gram += x.T @ x
+        counted = x if scores is None else x * scores.to(x.device).sqrt()[:, None]
+        self._gram += counted.T @ counted
         self._sum_abs += x.abs().sum(0)
         room = SAMPLE_ROWS - sum(map(len, self._sample))
         if room > 0:
@@ -95,31 +98,58 @@ class BlockStatistics(BlockObserver):
         width = {leader: module.weight.shape[1] for leader, module in self._watched.items()}
         self._device = shape.device
         self._linears = {name: Accumulator(n, self._device, self._rows_per_call) for name, n in width.items()}
+        self._shared = shape.shared
+        in_shared = width.keys() & shape.shared.linears if shape.shared is not None else set()
+        self._weighted = {name: Accumulator(width[name], self._device, self._rows_per_call) for name in in_shared}
+        self._shared_scores = torch.ones(0)  # of the running batch
         self._features = shape.input_features()
         width |= {name: self._features[name] for name in ("gate", "down") if self._features}
         self._means = {name: SequenceMeans(shape.sequences, n, self._device) for name, n in width.items()}
         self._counted: set[tuple[str, int]] = set()  # experts that are in the means already
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Install the hooks; a shared expert's scores are known before its Linears run."""
+        with super().watching():
+            if self._shared is None:
+                yield
+                return
+            handle = self._shared.module.register_forward_pre_hook(lambda _, args: self._score_shared(args[0]))
+            try:
+                yield
+            finally:
+                handle.remove()
+
+    def _score_shared(self, rows: Tensor) -> None:
+        assert self._shared is not None  # its hook has called
+        self._shared_scores = self._shared.gate(rows).detach().float().sigmoid().flatten()
+
     def _linear_input(self, name: str, rows: Tensor) -> None:
         self._linears[name].add(rows)
+        if name in self._weighted:
+            self._weighted[name].add(rows, self._shared_scores)
         self._means[name].add(rows, torch.arange(self._offset, self._offset + len(rows)) // self._length)
 
-    def linear_stats(self) -> dict[str, LinearStats]:
-        """Statistics of every Linear by name."""
+    def linear_stats(self, weighting: TokenWeighting = "none") -> dict[str, LinearStats]:
+        """Statistics of every Linear by name; "gate" weights a shared expert's tokens, where its gate is observed."""
+        sums = self._linears | self._weighted if weighting == "gate" else self._linears
         stats: dict[str, LinearStats] = {}
         for leader, group in self._groups.items():
-            shared = replace(self._linears[leader].finish(), mean_gram=self._means[leader].gram())
+            shared = replace(sums[leader].finish(), mean_gram=self._means[leader].gram())
             stats |= dict.fromkeys(group, shared)
         return stats
 
-    def bank_stats(self) -> BankStats:
+    def bank_stats(self, weighting: TokenWeighting = "none") -> BankStats:
         """Per-expert statistics as gathered, and their sum over experts as the pooled ones; computed when asked for.
+
+        With the weighting "gate" a token counts by its router score, what the library multiplies the expert's output
+        by, in the Hessian; the other statistics and the number of tokens are those of "none".
 
         The block must have its weights as long as they are asked for.
         """
         assert self._rows is not None  # there are experts
         tokens = self._rows.tokens()
-        experts = {name: Lazy(len(tokens), partial(self._cached, _watched(name))) for name in self._features}
+        experts = {name: Lazy(len(tokens), partial(self._cached, weighting, _watched(name))) for name in self._features}
 
         def pooled(name: str) -> LinearStats:
             return replace(pool(experts[name], tokens), mean_gram=self._means[name].gram())
@@ -128,14 +158,20 @@ class BlockStatistics(BlockObserver):
         by_name = LazyMap(list(experts), lambda name: shared[_watched(name)])
         return BankStats(experts, by_name, dict.fromkeys(experts, tokens))
 
-    def _cached(self, projection: str, expert: int) -> LinearStats:
-        return self._cache.get((projection, expert), lambda: self._of(projection, expert))
+    def expert_output(self, expert: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """What an expert adds to the layer's output, its router's score included (`ExpertRows.output`)."""
+        assert self._rows is not None  # there are experts
+        return self._rows.output(expert, weights)
 
-    def _of(self, projection: str, expert: int) -> LinearStats:
+    def _cached(self, weighting: TokenWeighting, projection: str, expert: int) -> LinearStats:
+        return self._cache.get((weighting, projection, expert), lambda: self._of(weighting, projection, expert))
+
+    def _of(self, weighting: TokenWeighting, projection: str, expert: int) -> LinearStats:
         assert self._rows is not None
         sums = Accumulator(self._features[projection], self._device, self._rows_per_call)
-        for x, token in self._rows.of(projection, expert):
-            sums.add(x)
+        scores = self._rows.scores_of(expert) if weighting == "gate" else repeat(None)
+        for (x, token), score in zip(self._rows.of(projection, expert), scores, strict=False):
+            sums.add(x, score)
             if (projection, expert) not in self._counted:
                 self._means[projection].add(x, token // self._length)
         self._counted.add((projection, expert))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mobie.calibration.observer import BlockObserver, BlockShape
 from mobie.calibration.store import ActivationStore
+from mobie.models.experts import SharedExpert
 from mobie.models.weights import StreamedModel
 
 Arguments = dict[str, Any]
@@ -61,10 +62,15 @@ class Stream:
                 for _ in self._outputs(block, observer.next_batch):
                     pass
 
-    def shape(self, linear_groups: list[dict[str, nn.Module]], experts: nn.Module | None) -> BlockShape:
+    def shape(
+        self,
+        linear_groups: list[dict[str, nn.Module]],
+        experts: nn.Module | None,
+        shared: SharedExpert | None = None,
+    ) -> BlockShape:
         """What an observer of a block must know."""
         sequences, length = sum(map(len, self._batches)), self._batches[0].shape[1]
-        return BlockShape(linear_groups, experts, sequences, length, len(self._batches))
+        return BlockShape(linear_groups, experts, sequences, length, len(self._batches), shared)
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:

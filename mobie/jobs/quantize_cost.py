@@ -4,8 +4,11 @@
             + (hessian_flops + again_flops) · tokens · layers / GRAM_FLOP/s        Hessians
             + quantized weights · seconds per weight · columns / COLUMNS           the method itself
 
-    passes: 2 (observed, then as stored); with loss gradients 5 more (forward, backward with recomputation, once more
-            for guided Hessians). Methods without statistics take neither passes nor products.
+    passes: 2 (observed, then as stored); 1 more for a method that surveys the model first, with Hessians of its own;
+            with loss gradients 5 more (forward, backward with recomputation, once more for guided Hessians). Methods
+            without statistics take neither passes nor products.
+
+What hangs on the method alone stands in its class: `mobie/jobs/methods.py` reads it there.
 
     device memory = BLOCK_COPIES · block in float32 + chunk + cached Hessians + activations of a batch
     host memory   = a block, unpacked again, and both ends as they are read + kept activations (up to BUDGET)
@@ -19,10 +22,10 @@ The model as a whole is never in memory, so only disk grows with the number of b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mobie.jobs.methods import is_allocating, method_fact
 from mobie.jobs.size import ATTENTION_LINEARS
 from mobie.resources import DEFAULT_MEMORY, parse_memory
 
@@ -31,9 +34,7 @@ if TYPE_CHECKING:
     from mobie.jobs.size import Size
 
 COLUMNS = 2048  # inputs of the matrices that the seconds per weight were measured with
-FORWARD_PASSES, GRADIENT_PASSES = 2, 5
-GRADIENT_GROUPS = 4
-GRADIENT_OPTIONS = ("joint_svd", "shared_side", "rank", "gradient_at", "gradient_groups", "router")
+FORWARD_PASSES, SURVEY_PASSES, GRADIENT_PASSES = 2, 1, 5
 NAMED_LINEARS = 7  # Linears of a block beside its experts, at most
 BLOCK_COPIES = 2  # as it runs, and what a method works on; packed results go to the host
 BATCH_TOKENS = 8192  # that pass through a block at a time, or one sequence if that is longer
@@ -43,53 +44,32 @@ CHUNK_MB = 1024  # statistics and work of as many experts as fit
 BUDGET_MB = parse_memory(DEFAULT_MEMORY) / 2**20  # of kept activations in RAM, and of Hessians that are kept
 READS, GRADIENT_READS = 2, 2  # of the model's files: a survey and the block loop; forward and backward
 FLOAT = 4  # bytes
-
-
-@dataclass(frozen=True)
-class MethodCost:
-    """What a registered method takes.
-
-    seconds: per quantized weight of 2048 columns on one processor core, statistics given.
-    bits:    stored per quantized weight, all buffers counted; None: `bits` of its options with their grid.
-    statistics: whether calibration tokens pass through the model at all.
-    """
-
-    seconds: float
-    bits: float | None
-    statistics: bool = True
-
-
-METHODS = {
-    "fp16": MethodCost(1e-9, 16.0, statistics=False),
-    "rtn": MethodCost(5.8e-9, None),
-    "gptq": MethodCost(1.2e-7, None),
-    "awq": MethodCost(8.0e-7, None),
-    "billm": MethodCost(7.8e-7, 3.0),
-    "arb": MethodCost(1.4e-6, 3.2),
-    "mobie": MethodCost(7.0e-7, 1.8),
-}
 GRID_BITS = 32  # a scale and a zero of 16 bits
-
-
-def method_cost(config: MethodConfig) -> MethodCost:
-    """The entry of a method's registered name; of an unregistered one the slowest."""
-    return METHODS.get(config.method, max(METHODS.values(), key=lambda cost: cost.seconds))
 
 
 def needs_gradients(config: MethodConfig) -> bool:
     """Whether a method reads loss gradients, by its options."""
-    if config.method == "mobie":
-        return bool(config.options.get("glas", True))
-    return config.options.get("saliency_source") == "guided"
+    guided_by = method_fact(config.method, "guided_by")
+    return guided_by is not None and _option(config, guided_by[0]) == guided_by[1]
+
+
+def _option(config: MethodConfig, name: str) -> Any:
+    """An option as configured, or its default."""
+    return config.options.get(name, method_fact(config.method, name))
+
+
+def needs_statistics(config: MethodConfig) -> bool:
+    """Whether calibration tokens pass through the model at all."""
+    return bool(method_fact(config.method, "needs_statistics"))
 
 
 def stored_bits(config: MethodConfig, size: Size) -> float:
     """Bits on disk per quantized weight."""
-    bits = method_cost(config).bits
-    if bits is not None:
-        return bits
+    bits = method_fact(config.method, "stored_bits")
+    if not isinstance(bits, str):
+        return float(bits)
     group = config.options.get("group_size") or min(size.hidden, size.width)
-    return float(config.options["bits"]) + GRID_BITS / group
+    return float(_option(config, bits)) + GRID_BITS / group
 
 
 def checkpoint_bytes(config: MethodConfig, size: Size) -> float:
@@ -101,9 +81,7 @@ def gradient_key(config: MethodConfig) -> tuple[Any, ...] | None:
     """What decides a method's set of loss gradients beside model and tokens; None for a method without them."""
     if not needs_gradients(config):
         return None
-    options: Mapping[str, Any] = config.options
-    bases = GRADIENT_OPTIONS if config.method == "mobie" else ("gradient_groups",)
-    return (config.method == "mobie", *((name, options.get(name)) for name in bases if name in options))
+    return tuple((name, _option(config, name)) for name in method_fact(config.method, "gradient_options"))
 
 
 def gradient_bytes(config: MethodConfig, size: Size, tokens: int) -> float:
@@ -127,20 +105,20 @@ class Effort:
 
 def effort(config: MethodConfig, size: Size, calibration: Calibration) -> Effort:
     """The formula of the module's docstring, before it is divided by a machine's speed."""
-    cost, tokens = method_cost(config), calibration.sequences * calibration.length
+    tokens = calibration.sequences * calibration.length
     own = method_seconds(config, size, size.parameters - size.ends)
-    if not cost.statistics:
+    if not needs_statistics(config):
         return Effort(READS, 0.0, 0.0, own)
-    gradients = needs_gradients(config)
-    passes = FORWARD_PASSES + GRADIENT_PASSES * gradients
-    grams = hessian_flops(config, size) + again_flops(config, size)
-    reads = READS + GRADIENT_READS * gradients
+    gradients, surveys = needs_gradients(config), int(is_allocating(config.method))
+    passes = FORWARD_PASSES + SURVEY_PASSES * surveys + GRADIENT_PASSES * gradients
+    grams = (1 + surveys) * hessian_flops(config, size) + again_flops(config, size)
+    reads = READS + surveys + GRADIENT_READS * gradients
     return Effort(reads, 2.0 * tokens * passes * size.active, tokens * size.layers * grams, own)
 
 
 def method_seconds(config: MethodConfig, size: Size, weights: int) -> float:
     """Seconds on one core of a method's own mathematics, statistics given."""
-    return weights * method_cost(config).seconds * max(size.hidden, size.width) / COLUMNS
+    return weights * method_fact(config.method, "seconds_per_weight") * max(size.hidden, size.width) / COLUMNS
 
 
 def hessian_flops(config: MethodConfig, size: Size) -> float:
@@ -163,7 +141,7 @@ def again_flops(config: MethodConfig, size: Size) -> float:
 
 def groups_of(config: MethodConfig) -> int:
     """Channel groups with a guided Hessian each."""
-    return int(config.options.get("gradient_groups", GRADIENT_GROUPS))
+    return int(_option(config, "gradient_groups") or 1)
 
 
 @dataclass(frozen=True)
@@ -180,9 +158,9 @@ def block_memory(
     config: MethodConfig, size: Size, calibration: Calibration, budget_mb: float = BUDGET_MB
 ) -> BlockMemory:
     """Memory of the block loop; on a processor `device` and `host` are one and add up."""
-    cost, gradients = method_cost(config), needs_gradients(config)
+    gradients = needs_gradients(config)
     block, ends, kept = _mib(size.block), _mib(size.ends), checkpoint_bytes(config, size) / 2**20
-    if not cost.statistics:
+    if not needs_statistics(config):
         return BlockMemory(BLOCK_COPIES * block, ends, 0.0, kept)
     tokens = calibration.sequences * calibration.length
     batch = min(tokens, max(BATCH_TOKENS, calibration.length))

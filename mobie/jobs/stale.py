@@ -5,10 +5,8 @@ Snakemake compares them with those of the last run (`params:`); the block loop w
 
 from __future__ import annotations
 
-import ast
-from functools import lru_cache
-
 from mobie.errors import ConfigError, unknown_name
+from mobie.jobs.methods import method_modules
 from mobie.paths import PACKAGE, Layout
 from mobie.provenance import code_hash, digest, file_hash
 
@@ -33,32 +31,6 @@ TIMED = (
     *("mobie.speed.measure", "mobie.speed.quality", "mobie.speed.block"),
     *("mobie.kernels.twins", "mobie.kernels.triton_ops", "mobie.kernels.cpp_ops"),
 )
-
-
-@lru_cache(maxsize=1)
-def method_modules() -> dict[str, str]:
-    """Registered name of every method → its module, read from the syntax: importing methods would import torch."""
-    found = {}
-    for path in sorted((PACKAGE / "methods").rglob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            name = _registered_name(node)
-            if name is not None:
-                found[name] = ".".join(["mobie", *path.relative_to(PACKAGE).with_suffix("").parts])
-    return found
-
-
-def _registered_name(node: ast.stmt) -> str | None:
-    """`x` of a class under `@register` that has `name = "x"`, annotated or not."""
-    if not isinstance(node, ast.ClassDef) or "register" not in {getattr(d, "id", None) for d in node.decorator_list}:
-        return None
-    for statement in node.body:
-        if not isinstance(statement, ast.Assign | ast.AnnAssign):
-            continue
-        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
-        value = statement.value.value if isinstance(statement.value, ast.Constant) else None
-        if isinstance(target, ast.Name) and target.id == "name" and isinstance(value, str):
-            return value
-    return None
 
 
 def quantize_code(method: str) -> str:

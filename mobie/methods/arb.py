@@ -152,6 +152,8 @@ class ARB(BinaryMethod):
     """
 
     name: ClassVar[str] = "arb"
+    seconds_per_weight: ClassVar[float] = 1.4e-6
+    stored_bits: ClassVar[float] = 3.2
 
     refinement: Literal["arb", "arb-x", "arb-rc"] = "arb-rc"
     column_group_bitmap: bool = True

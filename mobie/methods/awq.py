@@ -134,6 +134,7 @@ class AWQ(Method):
     """
 
     name: ClassVar[str] = "awq"
+    seconds_per_weight: ClassVar[float] = 8.0e-7
 
     bits: int
     group_size: int | None = 128

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from mobie.packing.bank import PackedBank
 from mobie.packing.base import Packed
 
 T = TypeVar("T")
+#: "gate": rows of an expert's inputs are multiplied by the square root of the expert's router score
+TokenWeighting = Literal["none", "gate"]
 
 #: memory that one chunk of experts may take where a bank does not say: little on a CPU, whose cache it should suit
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
@@ -29,7 +31,7 @@ CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 class LinearStats:
     """What a method may know about the inputs X `(tokens, in)` of one Linear.
 
-    hessian:  `(in, in)` float32, `2/n · XᵀX`.
+    hessian:  `(in, in)` float32, `2/n · XᵀX`; with the token weighting "gate", of an expert's rows `√score · x`.
     tokens:   n, before any blending with the pooled Hessian of the layer.
     mean_abs: `(in,)`, mean |x| per channel (AWQ).
     sample:   `(at most 512, in)`, some of the rows of X (AWQ's clip search).
@@ -193,6 +195,18 @@ class Method(ABC):
     needs_statistics: ClassVar[bool] = True
     #: whether the packed weights depend on input statistics; if not, none are read
     reads_statistics: ClassVar[bool] = True
+    #: option and its value with which the method reads loss gradients; None: it never does
+    guided_by: ClassVar[tuple[str, Any] | None] = None
+    #: options that decide what those gradients are: jobs in which they agree share them
+    gradient_options: ClassVar[tuple[str, ...]] = ("gradient_groups",)
+    # The rest decides no result. Like the above it must be literal: plans and tables read it from the syntax.
+    #: what a plan reckons with: of one core, per weight of a matrix with 2048 inputs, statistics given and a survey
+    #: counted in (`benchmarks/true_size.py` measures it); a method that does not say counts as a slow one
+    seconds_per_weight: ClassVar[float] = 1.4e-6
+    #: bits on disk per weight, every buffer counted, or the option that has those of the codes (a grid is then added)
+    stored_bits: ClassVar[float | str] = "bits"
+    #: whether nearly all weights are signs: tables rank such methods with each other
+    stores_signs: ClassVar[bool] = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -202,7 +216,15 @@ class Method(ABC):
     @property
     def needs_gradients(self) -> bool:
         """Whether `LinearStats.guided` must be filled, which takes one backward pass over the calibration text."""
-        return False
+        if self.guided_by is None:
+            return False
+        option, value = self.guided_by
+        return bool(getattr(self, option) == value)
+
+    @property
+    def token_weighting(self) -> TokenWeighting:
+        """Whether the tokens of an expert count by their router score in `LinearStats.hessian`, or all alike."""
+        return "none"
 
     @property
     def gradient_groups(self) -> int:
@@ -272,6 +294,11 @@ class Method(ABC):
     @property
     def quantizes_router(self) -> bool:
         """Whether the router is quantized too; otherwise it stays in 16 bits."""
+        return False
+
+    @property
+    def routes_as_stored(self) -> bool:
+        """Whether experts are shown the tokens that the quantized router sends them, or the original's."""
         return False
 
     def quantize_router(self, weight: Tensor, stats: LinearStats) -> Packed:

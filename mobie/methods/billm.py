@@ -25,6 +25,8 @@ class BiLLM(BinaryMethod):
     """BiLLM; the options are those of the shared skeleton."""
 
     name: ClassVar[str] = "billm"
+    seconds_per_weight: ClassVar[float] = 7.8e-7
+    stored_bits: ClassVar[float] = 3.0
 
     def fit_block(self, weights: Tensor, split: Split, gram: Tensor) -> tuple[Fit, Fit]:
         rest = ~split.salient

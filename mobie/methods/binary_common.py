@@ -21,7 +21,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -338,6 +338,9 @@ class BinaryMethod(Method):
     null_space_energy, regularization (λ), nges_iterations, tolerance: of NGES, as MoBiE's.
     """
 
+    guided_by: ClassVar[tuple[str, Any]] = ("saliency_source", "guided")
+    stores_signs: ClassVar[bool] = True
+
     block_size: int = 128
     percdamp: float = 0.01
     saliency_rule: SaliencyRule = "cholesky_diagonal"
@@ -361,10 +364,6 @@ class BinaryMethod(Method):
         for option in ("null_space_energy", "regularization"):
             if not getattr(self, option) > 0:
                 raise ConfigError(f"{self.name}: {option} is {getattr(self, option)}; expected more than 0")
-
-    @property
-    def needs_gradients(self) -> bool:
-        return self.saliency_source == "guided"
 
     @property
     def splits_salient(self) -> bool:

@@ -20,6 +20,8 @@ class FP16(Method):
     """No quantization; weights are stored in bfloat16, the format in which the suite's models are published."""
 
     name: ClassVar[str] = "fp16"
+    seconds_per_weight: ClassVar[float] = 1e-9
+    stored_bits: ClassVar[float] = 16.0
     needs_statistics: ClassVar[bool] = False
     reads_statistics: ClassVar[bool] = False
 

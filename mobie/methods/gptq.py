@@ -11,16 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from mobie.errors import ConfigError
-from mobie.methods.base import LinearStats, Method, register
+from mobie.errors import ConfigError, unknown_name
+from mobie.methods.base import LinearStats, Method, TokenWeighting, register
 from mobie.methods.hessian import damp, inverse_cholesky
 from mobie.packing.base import Packed
-from mobie.packing.grid import check_grid_options, fit_grid, nearest_code, nominal_bits, pack_bank
+from mobie.packing.grid import Grid, check_grid_options, fit_grid, nearest_code, nominal_bits, pack_bank
+
+#: scale and zero point `(..., out, 1)` of each row of weights `(..., out, columns)`, for a number of bits
+GridFit = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+def fit_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The asymmetric grid of each row `(..., out, columns)`, from its least and greatest weight."""
+    return fit_grid(weight, bits, None)
 
 
 def column_spans(columns: int, block_size: int, group_size: int | None) -> Iterator[tuple[int, int]]:
@@ -69,7 +77,13 @@ def quantize_span(span: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bit
 
 
 def gptq(
-    weight: Tensor, factor: Tensor, dead: Tensor, bits: int, group_size: int | None = None, block_size: int = 128
+    weight: Tensor,
+    factor: Tensor,
+    dead: Tensor,
+    bits: int,
+    group_size: int | None = None,
+    block_size: int = 128,
+    fit: GridFit = fit_rows,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize weights `(..., out, in)` (Algorithm 1 of the paper).
 
@@ -80,16 +94,17 @@ def gptq(
     Args:
         factor: U of the damped Hessians, `(..., in, in)`.
         dead: columns that no input reaches, `(..., in)` bool.
+        fit: gives the grids.
 
     Returns:
-        Codes `(..., out, in)` uint8, scale and zero `(..., out, groups)` as `fit_grid` gives them.
+        Codes `(..., out, in)` uint8, scale and zero `(..., out, groups)` as `fit` gives them.
     """
     remaining = weight.masked_fill(dead.unsqueeze(-2), 0)
-    grids = [] if group_size else [fit_grid(remaining, bits, None)]
+    grids = [] if group_size else [fit(remaining, bits)]
     codes = []
     for start, stop in column_spans(weight.shape[-1], block_size, group_size):
         if group_size and start % group_size == 0:
-            grids.append(fit_grid(remaining[..., start : start + group_size], bits, None))
+            grids.append(fit(remaining[..., start : start + group_size], bits))
         square = factor[..., start:stop, start:stop]
         span_codes, errors = quantize_span(remaining[..., start:stop], square, *grids[-1], bits)
         codes.append(span_codes)
@@ -101,21 +116,33 @@ def gptq(
 @register
 @dataclass(frozen=True)
 class GPTQ(Method):
-    """GPTQ on an asymmetric grid; `group_size` None is one grid per output row."""
+    """GPTQ on an asymmetric grid; `group_size` None is one grid per output row.
+
+    token_weighting: "gate" for affinity-guided Hessians (MoEQuant, section 4.2): a token counts by its router score.
+    """
 
     name: ClassVar[str] = "gptq"
+    seconds_per_weight: ClassVar[float] = 1.2e-7
+    #: whether the grid has no zero points, so that none is stored
+    symmetric: ClassVar[bool] = False
 
     bits: int
     group_size: int | None = None
     block_size: int = 128
     percdamp: float = 0.01
+    token_weighting: TokenWeighting = "none"
 
     def __post_init__(self) -> None:
         check_grid_options(self.name, self.bits, self.group_size)
         if type(self.block_size) is not int or self.block_size < 1:
-            raise ConfigError(f"gptq: block_size is {self.block_size!r}; expected a positive number of columns (128)")
+            raise ConfigError(
+                f"{self.name}: block_size is {self.block_size!r}; expected a positive number of columns (128)"
+            )
         if type(self.percdamp) not in (int, float) or not 0 <= self.percdamp < float("inf"):
-            raise ConfigError(f"gptq: percdamp is {self.percdamp!r}; expected a number of at least 0 (0.01)")
+            raise ConfigError(f"{self.name}: percdamp is {self.percdamp!r}; expected a number of at least 0 (0.01)")
+        if self.token_weighting not in get_args(TokenWeighting):
+            weighting = unknown_name("token_weighting", self.token_weighting, get_args(TokenWeighting))
+            raise ConfigError(f"{self.name}: {weighting}")
 
     def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
         return self.quantize_group({"": weight}, {"": stats})[""]
@@ -129,16 +156,21 @@ class GPTQ(Method):
         first = next(iter(weights))
         damped, dead = damp(torch.stack([own[first].hessian for own in stats]), self.percdamp)
         factor = inverse_cholesky(damped)
-        packed = {
-            name: pack_bank(*gptq(weight, factor, dead, self.bits, self.group_size, self.block_size), **self._layout)
-            for name, weight in weights.items()
-        }
+        packed = {name: self._pack(weight, factor, dead) for name, weight in weights.items()}
         return [{name: own[e] for name, own in packed.items()} for e in range(len(stats))]
+
+    def fit(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """The grids that the weights are rounded to, a `GridFit`."""
+        return fit_rows(weight, bits)
+
+    def _pack(self, weight: Tensor, factor: Tensor, dead: Tensor) -> list[Grid]:
+        codes, scale, zero = gptq(weight, factor, dead, self.bits, self.group_size, self.block_size, self.fit)
+        return pack_bank(codes, scale, None if self.symmetric else zero, **self._layout)
 
     @property
     def _layout(self) -> dict[str, Any]:
         return {
             "bits": self.bits,
             "group_size": self.group_size,
-            "paper": nominal_bits(self.bits, self.group_size),
+            "paper": nominal_bits(self.bits, self.group_size, symmetric=self.symmetric),
         }

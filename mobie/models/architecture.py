@@ -12,6 +12,7 @@ SHARED_EXPERT: Groups = (  # Qwen: one, weighted by `shared_expert_gate`, a sing
     ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     ("mlp.shared_expert.down_proj",),
 )
+SHARED_GATE = ("mlp.shared_expert", "mlp.shared_expert_gate")
 SHARED_EXPERTS: Groups = (  # DeepSeek: several, stored as one of their joint width
     ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
     ("mlp.shared_experts.down_proj",),
@@ -24,6 +25,7 @@ class Architecture:
 
     linear_groups: Linears grouped by shared input; a name that a block lacks (dense first layers, layers with another
                    kind of attention) is passed over.
+    shared_gate:   the shared expert and the Linear whose sigmoid multiplies its output, where there is such a Linear.
     """
 
     model_type: str
@@ -31,3 +33,4 @@ class Architecture:
     experts: str = "mlp.experts"
     router: str = "mlp.gate"
     linear_groups: Groups = ATTENTION
+    shared_gate: tuple[str, str] | None = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mobie.errors import DataError, UnsupportedError, unknown_name
 from mobie.methods.base import ExpertBank
 from mobie.models.architectures import ARCHITECTURES
-from mobie.models.experts import is_fused, read_projections, write_projections
+from mobie.models.experts import SharedExpert, is_fused, read_projections, write_projections
 from mobie.packing.bank import split_gate_up
 
 __all__ = ["ARCHITECTURES", "Adapter", "require_finite"]
@@ -59,6 +59,17 @@ class Adapter:
         """The fused experts of a block, or None in a dense block."""
         module = _submodule(block, self.architecture.experts)
         return module if module is not None and is_fused(module) else None
+
+    def shared_expert(self, block: nn.Module) -> SharedExpert | None:
+        """The shared expert of a block whose output is multiplied by a gate, or None where there is none."""
+        if self.architecture.shared_gate is None:
+            return None
+        name, gate = self.architecture.shared_gate
+        module, gate_module = _submodule(block, name), _submodule(block, gate)
+        if module is None or gate_module is None:
+            return None
+        linears = {linear for group in self.linear_groups(block) for linear in group if linear.startswith(f"{name}.")}
+        return SharedExpert(module, gate_module, frozenset(linears))
 
     def router(self, block: nn.Module) -> nn.Module | None:
         """The router of a block, with `weight (experts, hidden)` and `top_k`, or None in a dense block."""

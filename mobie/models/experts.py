@@ -10,12 +10,27 @@ The layout is what the library itself notes on a module (`is_transposed`, `is_co
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 #: parameters of the library's experts modules that packed weights replace
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """A shared expert whose output is multiplied by a score.
+
+    module: the shared expert, given rows `(..., hidden)`.
+    gate:   gives the score's logit of each row, `(..., 1)`; the score is its sigmoid.
+    linears: names of the shared expert's Linears.
+    """
+
+    module: nn.Module
+    gate: nn.Module
+    linears: frozenset[str]
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -81,3 +96,23 @@ def project(module: nn.Module, parameter: str, expert: int, x: Tensor) -> Tensor
     weight = getattr(module, parameter)[expert]
     z = x @ weight if module.is_transposed else nn.functional.linear(x, weight)
     return z + getattr(module, f"{parameter}_bias")[expert] if module.has_bias else z
+
+
+def expert_output(module: nn.Module, expert: int, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """`x (tokens, hidden)` through one expert in float32, `weights` `(out, in)` in place of its own."""
+    own = expert_projections(module, expert) | dict(weights)
+    gate, up = x @ own["gate"].T, x @ own["up"].T
+    if module.has_bias:
+        gate_bias, up_bias = split_outputs(module, module.gate_up_proj_bias[expert].float())
+        gate, up = gate + gate_bias, up + up_bias
+    output = module._apply_gate(join_outputs(module, gate, up)) @ own["down"].T
+    return output + module.down_proj_bias[expert].float() if module.has_bias else output
+
+
+def expert_projections(module: nn.Module, expert: int) -> dict[str, Tensor]:
+    """`gate`, `up` and `down` of one expert in float32, `(out, in)`."""
+    gate_up, down = module.gate_up_proj[expert].detach().float(), module.down_proj[expert].detach().float()
+    if module.is_transposed:
+        gate_up, down = gate_up.T, down.T
+    gate, up = split_outputs(module, gate_up, dim=0)
+    return {"gate": gate, "up": up, "down": down}

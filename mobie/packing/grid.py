@@ -1,10 +1,11 @@
-"""The n-bit uniform asymmetric grid: its arithmetic, and the format in which it is stored.
+"""The n-bit uniform grid, asymmetric or symmetric: its arithmetic, and the format in which it is stored.
 
     W[i, j] = (code[i, j] - zero[i, g]) · scale[i, g] / column_scale[j]        g = j // group_size
 
 A group is `group_size` consecutive inputs of one output row (the last group of a row may be shorter), or the whole row
 when `group_size` is None. The grid always contains 0. A scale is rounded to float16 before any code is computed, so
-what a method sees is what is stored. `column_scale` is AWQ's; without one it is left out.
+what a method sees is what is stored. `column_scale` is AWQ's; without one it is left out. In a symmetric grid every
+zero point is `2^(bits-1)`, and none is stored.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mobie.packing.bits import pack_codes, unpack_codes
 MAX_BITS = 8
 SMALLEST_SCALE = 2.0**-24  # smallest positive float16
 GROUP_OVERHEAD_BITS = 32  # scale and zero point of one group, 16 bits each, as papers count them
+SYMMETRIC_OVERHEAD_BITS = 16  # the scale alone
 
 
 def check_grid_options(method: str, bits: int, group_size: int | None) -> None:
@@ -40,9 +42,15 @@ def check_grid_options(method: str, bits: int, group_size: int | None) -> None:
         )
 
 
-def nominal_bits(bits: int, group_size: int | None) -> float:
-    """Bits per weight as papers count a grid: scales per row are free, a group costs 32 bits (scale and zero point)."""
-    return float(bits) if group_size is None else bits + GROUP_OVERHEAD_BITS / group_size
+def nominal_bits(bits: int, group_size: int | None, *, symmetric: bool = False) -> float:
+    """Bits per weight as papers count a grid: scales per row are free, those of groups and zeros cost 16 each."""
+    overhead = SYMMETRIC_OVERHEAD_BITS if symmetric else GROUP_OVERHEAD_BITS
+    return float(bits) if group_size is None else bits + overhead / group_size
+
+
+def symmetric_zero(bits: int) -> int:
+    """The zero point of a symmetric grid, whose codes stand for `-2^(bits-1) .. 2^(bits-1) - 1` times the scale."""
+    return 1 << (bits - 1)
 
 
 def split_groups(values: Tensor, group_size: int | None) -> Tensor:
@@ -121,7 +129,8 @@ class Grid(Packed):
 
     codes:        `(out, bits, ceil(in/8))` uint8, bit planes (`packing.bits`).
     scale:        `(out, groups)` float16.
-    zero:         `(groups, bits, ceil(out/8))` uint8: integer zero points, as many bits as a code, packed along `out`.
+    zero:         `(groups, bits, ceil(out/8))` uint8: integer zero points, as many bits as a code, packed along `out`;
+                  None in a symmetric grid.
     column_scale: `(in,)` float16 or None; the stored grid is that of `W · column_scale`.
     columns:      `in`.
     paper:        bits per weight that the method's paper prints; the method decides.
@@ -133,7 +142,7 @@ class Grid(Packed):
 
     codes: Tensor
     scale: Tensor
-    zero: Tensor
+    zero: Tensor | None
     column_scale: Tensor | None
     columns: int
     bits: int
@@ -145,18 +154,18 @@ class Grid(Packed):
         cls,
         codes: Tensor,
         scale: Tensor,
-        zero: Tensor,
+        zero: Tensor | None,
         *,
         bits: int,
         group_size: int | None,
         paper: float,
         column_scale: Tensor | None = None,
     ) -> Self:
-        """Store codes `(out, in)` on the grids of `fit_grid`, `(out, groups)`; `column_scale` `(in,)`."""
+        """Store codes `(out, in)` on grids `(out, groups)`; `zero` None: symmetric; `column_scale` `(in,)`."""
         return cls(
             codes=pack_codes(codes, bits),
             scale=scale.half().cpu().contiguous(),
-            zero=pack_codes(zero.T, bits),
+            zero=None if zero is None else pack_codes(zero.T, bits),
             column_scale=None if column_scale is None else column_scale.half().cpu().contiguous(),
             columns=codes.shape[-1],
             bits=bits,
@@ -170,22 +179,28 @@ class Grid(Packed):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         codes = unpack_codes(self.codes, self.columns)
-        zero = unpack_codes(self.zero, self.shape[0]).T.float()
-        dense = decode(codes, self.scale.float(), zero, self.group_size)
+        scale = self.scale.float()
+        dense = decode(codes, scale, self._zero_points(scale), self.group_size)
         if self.column_scale is not None:
             dense = dense / self.column_scale.float()
         return dense.to(dtype)
 
+    def _zero_points(self, scale: Tensor) -> Tensor:
+        """`(out, groups)` float32, as `scale` has them."""
+        if self.zero is None:
+            return torch.full_like(scale, symmetric_zero(self.bits))
+        return unpack_codes(self.zero, self.shape[0]).T.float()
+
     def tensors(self) -> dict[str, Tensor]:
-        stored = {"codes": self.codes, "scale": self.scale, "zero": self.zero}
-        return stored if self.column_scale is None else stored | {"column_scale": self.column_scale}
+        stored = {"codes": self.codes, "scale": self.scale, "zero": self.zero, "column_scale": self.column_scale}
+        return {name: tensor for name, tensor in stored.items() if tensor is not None}
 
     def header(self) -> dict[str, Any]:
         return {"columns": self.columns, "bits": self.bits, "group_size": self.group_size, "paper": self.paper}
 
     @classmethod
     def from_tensors(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        return cls(**{"column_scale": None, **tensors}, **header)
+        return cls(**{"zero": None, "column_scale": None, **tensors}, **header)
 
     def paper_bits(self, active_share: float = 1.0) -> float:
         return self.paper
@@ -194,7 +209,7 @@ class Grid(Packed):
 def pack_bank(
     codes: Tensor,
     scale: Tensor,
-    zero: Tensor,
+    zero: Tensor | None,
     *,
     bits: int,
     group_size: int | None,
@@ -206,7 +221,7 @@ def pack_bank(
         Grid.pack(
             codes[e],
             scale[e],
-            zero[e],
+            None if zero is None else zero[e],
             bits=bits,
             group_size=group_size,
             paper=paper,

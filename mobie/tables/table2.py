@@ -1,11 +1,11 @@
-"""Table 2: perplexity and zero-shot accuracy of every row of a suite."""
+"""Table 2: perplexity and zero-shot accuracy of every method of a suite; and what Tables 7, 8 and 9 share with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mobie.config import MethodConfig, PaperRow
-from mobie.config import Row as SuiteRow
+from mobie.jobs.methods import method_fact
 from mobie.paper.baseline import PERPLEXITY as PERPLEXITY
 from mobie.paper.baseline import TASK_METRICS as TASK_METRICS
 from mobie.paper.printed import printed, printed_rows
@@ -28,10 +28,10 @@ STORED_COLUMNS = (Column("bits_codes", "codes", extra=True), Column("bits_stored
 TASK_COLUMNS = tuple(Column(task, TASK_HEADINGS[task], better="higher") for task in TASK_METRICS)
 AVERAGE_COLUMN = Column(AVERAGE, "Avg. 7", better="higher")
 PERPLEXITY_COLUMN = Column(PERPLEXITY, "Perplexity", better="lower")
-BINARY_METHODS = frozenset({"billm", "arb", "mobie"})  # registered names of the methods that store signs
 METRICS_LEGEND = "Accuracies in per cent. Metrics: {}.".format(
     ", ".join(f"{TASK_HEADINGS[task]} `{metric}`" for task, metric in TASK_METRICS.items())
 )
+NOT_IN_SUITE = "none of the suite's methods stands for this row of the paper"
 BITS_LEGEND = "Bits per quantized weight: by the paper's formula; codes only; every stored byte."
 
 
@@ -63,7 +63,8 @@ def row_label(method: MethodConfig) -> str:
 
 
 def is_binary(method: MethodConfig) -> bool:
-    return method.method in BINARY_METHODS
+    """Whether a method's weights are nearly all signs."""
+    return bool(method_fact(method.method, "stores_signs"))
 
 
 def paper_entries(table: str, model: Model, row: PaperRow | None) -> dict[str, float]:
@@ -86,51 +87,49 @@ def told_by_bits(method: str) -> bool:
     return len(models) > len(set(models))
 
 
-def papers_rows(table: str, results: Results) -> tuple[SuiteRow, ...]:
-    """The rows that the paper's table has, in its order, with the suite's method config for each that has one."""
-    suite = results.suite
-    wanted = [
-        (row["method"], float(row["bits"]) if told_by_bits(row["method"]) else None) for row in printed_rows(table)
-    ]
-    reasons = {row.label: row.absent for row in suite.rows if row.method is None}
-    found = []
-    for name, bits in dict.fromkeys(wanted):
-        config = next((method for method in suite.methods if _is_row(results.method(method).paper, name, bits)), None)
-        reason = reasons.get(name, "not in the suite yet")
-        found.append(SuiteRow(method=config) if config else SuiteRow(label=name, absent=reason))
-    return tuple(found)
+def row_keys(table: str) -> tuple[tuple[str, float | None], ...]:
+    """Method, and bits where they tell its rows apart, of the rows that the paper's table has, in its order."""
+    rows = printed_rows(table)
+    keys = ((row["method"], float(row["bits"]) if told_by_bits(row["method"]) else None) for row in rows)
+    return tuple(dict.fromkeys(keys))
 
 
-def _is_row(row: PaperRow | None, name: str, bits: float | None) -> bool:
+def stands_for(row: PaperRow | None, name: str, bits: float | None) -> bool:
+    """Whether a method's entry for the paper is the row of this name and, where they tell rows apart, these bits."""
     return row is not None and row.method == name and bits in (None, row.bits)
 
 
-def method_rows(
-    table: str, results: Results, model: Model, rows: Sequence[SuiteRow], cells: Mapping[str, Mapping[str, Cell]]
-) -> list[Row]:
-    """Rows of a model: `cells` by method config; an absent method has holes with its reason."""
-    found = []
-    for row in rows:
-        if row.method is None:
-            columns = next(iter(cells.values()))
-            hole = Cell(None, status="absent", reason=row.absent)
-            label = row.label or ""  # the configuration has one where it has no method
-            paper = paper_entries(table, model, PaperRow(method=label))
-            found.append(Row(model.label, label, dict.fromkeys(columns, hole), paper=paper))
-            continue
-        method = results.method(row.method)
-        found.append(
-            Row(
-                model.label,
-                row_label(method),
-                cells[row.method],
-                paper=paper_entries(table, model, method.paper),
-                config=row.method,
-                ranked=is_binary(method),
-                own=method.paper is None,
-            )
-        )
-    return found
+def method_row(table: str, results: Results, model: Model, name: str, cells: Mapping[str, Cell]) -> Row:
+    """The row of a method config; it is marked as ours where the paper's table has none that it stands for."""
+    method = results.method(name)
+    return Row(
+        model.label,
+        row_label(method),
+        cells,
+        paper=paper_entries(table, model, method.paper),
+        config=name,
+        ranked=is_binary(method),
+        own=not any(stands_for(method.paper, *key) for key in row_keys(table)),
+    )
+
+
+def papers_rows(table: str, results: Results, model: Model, cells_of: Callable[[str], Mapping[str, Cell]]) -> list[Row]:
+    """The rows that the paper's table has, in its order, of the suite's methods; holes where none stands for a row."""
+    suite = results.suite.methods
+    configs = {
+        key: next((own for own in suite if stands_for(results.method(own).paper, *key)), None)
+        for key in row_keys(table)
+    }
+    cells = {name: cells_of(name) for name in configs.values() if name is not None}
+    holes = dict.fromkeys(next(iter(cells.values()), ()), Cell(None, status="absent", reason=NOT_IN_SUITE))
+    rows = []
+    for (method, bits), name in configs.items():
+        if name is not None:
+            rows.append(method_row(table, results, model, name, cells[name]))
+        else:
+            paper = paper_entries(table, model, PaperRow(method=method, bits=bits))
+            rows.append(Row(model.label, method, holes, paper=paper))
+    return rows
 
 
 def build(results: Results) -> Table:
@@ -157,10 +156,10 @@ def build(results: Results) -> Table:
 
 
 def _model_rows(results: Results, model: Model) -> list[Row]:
-    cells = {}
+    rows = []
     for name in results.suite.methods:
         tasks = task_cells(results, model, name, tuple(TASK_METRICS))
-        cells[name] = {
+        cells = {
             **bits_cells(results, model, name),
             **tasks,
             AVERAGE: average(list(tasks.values())),
@@ -169,7 +168,8 @@ def _model_rows(results: Results, model: Model) -> list[Row]:
             "routing_similarity": results.cell(model, name, "routing", "similarity"),
             "expert_shift": results.cell(model, name, "routing", "expert_shift"),
         }
-    return method_rows("table2", results, model, results.suite.rows, cells)
+        rows.append(method_row("table2", results, model, name, cells))
+    return rows
 
 
 def item_notes(rows: Sequence[Row], tasks: Sequence[str]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mobie.results import Model, Results, average
+from mobie.results import Cell, Model, Results, average
 from mobie.tables.table import Column, Row, Table, model_notes, stand_in_note
 from mobie.tables.table2 import (
     AVERAGE,
@@ -16,7 +16,6 @@ from mobie.tables.table2 import (
     TASK_METRICS,
     bits_cells,
     item_notes,
-    method_rows,
     other_texts,
     papers_rows,
     task_cells,
@@ -52,15 +51,14 @@ def build(results: Results) -> Table:
 
 
 def _model_rows(results: Results, model: Model) -> list[Row]:
-    wanted = papers_rows(NAME, results)
-    cells = {}
-    for name in (row.method for row in wanted if row.method is not None):
+    def cells_of(name: str) -> dict[str, Cell]:
         tasks = task_cells(results, model, name, tuple(TASK_METRICS))
-        cells[name] = {
+        return {
             **bits_cells(results, model, name),
             **tasks,
             AVERAGE: average(list(tasks.values())),
             PERPLEXITY: text_perplexity(results, model, name),
             **{f"ppl_{text}": text_perplexity(results, model, name, text) for text in other_texts(results)},
         }
-    return method_rows(NAME, results, model, wanted, cells)
+
+    return papers_rows(NAME, results, model, cells_of)

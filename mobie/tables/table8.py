@@ -12,7 +12,6 @@ from mobie.tables.table2 import (
     STORED_COLUMNS,
     bits_cells,
     item_notes,
-    method_rows,
     papers_rows,
 )
 
@@ -85,10 +84,9 @@ def _average_name(tasks: Sequence[str]) -> str:
 
 
 def _model_rows(table: str, results: Results, model: Model, tasks: Sequence[str]) -> list[Row]:
-    wanted = papers_rows(table, results)
-    cells = {}
-    for name in (row.method for row in wanted if row.method is not None):
+    def cells_of(name: str) -> dict[str, Cell]:
         scores = {task: score_cell(results, model, name, task) for task in tasks}
         average_cell = average(list(scores.values()))
-        cells[name] = {**bits_cells(results, model, name), **scores, _average_name(tasks): average_cell}
-    return method_rows(table, results, model, wanted, cells)
+        return {**bits_cells(results, model, name), **scores, _average_name(tasks): average_cell}
+
+    return papers_rows(table, results, model, cells_of)

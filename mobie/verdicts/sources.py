@@ -131,13 +131,11 @@ class Reader:
 
     def _no_method(self, name: str) -> str | None:
         """Why the suite has no such method; None where it has."""
-        rows = {row.label: row.absent for row in self.results.suite.rows if row.label and row.absent is not None}
-        reason = rows.get(name, self.absent.get(name))
-        if reason is not None:
-            return f"{name}: {reason}"
+        if name in self.absent:
+            return f"{name}: {self.absent[name]}"
         known = self._configs
         if name.split(SPEC_MARK)[0] not in known:
-            raise ConfigError(unknown_name("method", name, [*known, *self.absent, *rows]))
+            raise ConfigError(unknown_name("method", name, [*known, *self.absent]))
         return None
 
     def _sizes(self, model: Model) -> list[Run]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,13 @@ class MoBiE(Method):
     """
 
     name: ClassVar[str] = "mobie"
+    guided_by: ClassVar[tuple[str, Any]] = ("glas", True)
+    gradient_options: ClassVar[tuple[str, ...]] = (
+        "joint_svd", "shared_side", "rank", "gradient_at", "gradient_groups", "router",
+    )  # fmt: skip
+    seconds_per_weight: ClassVar[float] = 7.0e-7
+    stored_bits: ClassVar[float] = 1.8
+    stores_signs: ClassVar[bool] = True
 
     joint_svd: Literal["separate", "fused_gate_up", "off"] = "separate"
     shared_side: Literal["left", "right", "fewest_bytes"] = "left"
@@ -101,10 +108,6 @@ class MoBiE(Method):
             raise ConfigError(f"mobie: rank is {self.rank}, expected at least 1, or null for the full rank")
         if self.nges and self.nges_target == "router" and not self.quantizes_router:
             raise ConfigError("mobie: nges_target is router, but the router stays in 16 bits; set router to binarized")
-
-    @property
-    def needs_gradients(self) -> bool:
-        return self.glas
 
     @property
     def quantizes_router(self) -> bool:

@@ -5,8 +5,10 @@ the recurrence: `in_proj_ba` (two numbers per head: how much to write, how fast 
 tokens, `A_log` and `dt_bias`. The rows of a full attention's `q_proj` hold the queries and their gates, head by head.
 """
 
-from mobie.models.architecture import ATTENTION, DENSE_MLP, SHARED_EXPERT, Architecture
+from mobie.models.architecture import ATTENTION, DENSE_MLP, SHARED_EXPERT, SHARED_GATE, Architecture
 
 LINEAR_ATTENTION = (("linear_attn.in_proj_qkvz",), ("linear_attn.out_proj",))
 
-ARCHITECTURE = Architecture("qwen3_next", linear_groups=LINEAR_ATTENTION + ATTENTION + SHARED_EXPERT + DENSE_MLP)
+ARCHITECTURE = Architecture(
+    "qwen3_next", linear_groups=LINEAR_ATTENTION + ATTENTION + SHARED_EXPERT + DENSE_MLP, shared_gate=SHARED_GATE
+)

@@ -25,8 +25,9 @@ def preload() -> None:
         if not module.name.endswith("__main__") and module.name not in AT_RUN_TIME:
             importlib.import_module(module.name)
     from mobie.jobs import stale
+    from mobie.jobs.methods import method_modules
 
-    for method in stale.method_modules():
+    for method in method_modules():
         stale.quantize_code(method)
     for kind in stale.SCORERS:
         stale.score_code(kind)

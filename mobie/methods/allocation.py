@@ -1,0 +1,59 @@
+"""Methods that share out bits over the whole model: every block is surveyed before any is quantized."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
+from mobie.packing.base import Packed
+
+#: what an expert adds to its layer's output, with weights `(out, in)` by projection in place of its own
+ExpertOutput = Callable[[int, Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One decoder block in full precision, and what flows into its weights.
+
+    linears:       name in the block → `(out, in)` float32: attention, shared experts, a dense layer's MLP.
+    linear_stats:  of each of them.
+    bank:          the routed experts, None in a dense block.
+    bank_stats:    theirs; `tokens` tells how often each expert is chosen.
+    expert_output: `(expert, weights)` → the expert's output for its calibration tokens times the router's score,
+                   `(tokens, hidden)` float32; a projection that `weights` leaves out stays as it is.
+    """
+
+    linears: Mapping[str, Tensor] = field(default_factory=dict)
+    linear_stats: Mapping[str, LinearStats] = field(default_factory=dict)
+    bank: ExpertBank | None = None
+    bank_stats: BankStats | None = None
+    expert_output: ExpertOutput | None = None
+
+
+@dataclass(frozen=True)
+class AllocatingMethod(Method):
+    """Base of methods whose bit widths depend on all blocks: surveyed one by one, shared out, then quantized."""
+
+    @abstractmethod
+    def survey(self, view: LayerView) -> dict[str, Any]:
+        """What the allocation must know of one block, as JSON values."""
+
+    @abstractmethod
+    def allocate(self, surveys: Sequence[Mapping[str, Any]]) -> list[Method]:
+        """A method for every surveyed block, its widths fixed; its `options` say which.
+
+        Raises:
+            ConfigError: the budget is out of reach.
+        """
+
+    def over(self, view: LayerView) -> Method:
+        """The method of a block that is the whole model."""
+        return self.allocate([self.survey(view)])[0]
+
+    def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
+        raise TypeError(f"{self.name} quantizes nothing before `allocate`, which gives the method of each block")
