@@ -20,6 +20,7 @@ from mobie.packing.base import FORMATS, Packed
 from mobie.packing.bits import pack_codes, unpack_codes
 from mobie.packing.dense import Dense16
 from mobie.packing.grid import Grid
+from mobie.packing.partial_binary import PartialBinary
 from mobie.packing.vector import VectorCodes
 
 
@@ -34,6 +35,25 @@ def grid(bits_: int, group_size: int | None, scaled: bool) -> Grid:
         group_size=group_size,
         paper=float(bits_),
         column_scale=torch.rand(21, generator=generator) + 0.5 if scaled else None,
+    )
+
+
+def partial_binary(share: float, group_size: int | None, mean: bool) -> PartialBinary:
+    generator = torch.Generator().manual_seed(0)
+    groups = 1 if group_size is None else -(-21 // group_size)
+    salient = torch.rand(5, 21, generator=generator) < share
+    codes = torch.randint(1 << 8, (5, 21), generator=generator)
+    row_scale, middle, scale = torch.rand(3, 5, groups, generator=generator) + 0.1
+    zero = torch.randint(1 << 8, (5, groups), generator=generator)
+    return PartialBinary.pack(
+        torch.where(salient, codes, codes % 2),
+        salient,
+        row_scale,
+        middle if mean else None,
+        scale,
+        zero,
+        bits=8,
+        group_size=group_size,
     )
 
 
@@ -79,6 +99,10 @@ PACKED: dict[str, Callable[[], Packed]] = {
     "symmetric 3": lambda: SymmetricRows.quantize(torch.randn(5, 13), 3),
     "grid": lambda: grid(3, None, False),
     "grid groups": lambda: grid(2, 8, True),
+    "partial binary": lambda: partial_binary(0.1, None, True),
+    "partial binary groups": lambda: partial_binary(0.7, 8, False),
+    "partial binary no salient": lambda: partial_binary(0.0, None, True),
+    "partial binary all salient": lambda: partial_binary(1.0, None, True),
     "dense": lambda: Dense16(torch.randn(4, 5).bfloat16()),
     "vectors": lambda: vectors(),
     "vectors, shared codebook": lambda: vectors(3),
@@ -124,10 +148,8 @@ def test_unpacking_without_numpy_gives_the_same_values(name: str, monkeypatch: p
     packed = PACKED[name]()
     expected = packed.dequantize()
     monkeypatch.setattr(bits.np, "unpackbits", None)
-    monkeypatch.setattr("mobie.packing.grid.unpack_codes", bits._unpack_on_device)
-    monkeypatch.setattr("mobie.packing.bank.unpack_codes", bits._unpack_on_device)
-    monkeypatch.setattr("mobie.packing.vector.unpack_codes", bits._unpack_on_device)
-    monkeypatch.setattr("mobie.packing.bits.unpack_codes", bits._unpack_on_device)
+    for module in ("bits", "bank", "grid", "partial_binary", "vector"):
+        monkeypatch.setattr(f"mobie.packing.{module}.unpack_codes", bits._unpack_on_device)
     assert torch.equal(packed.dequantize(), expected)
 
 

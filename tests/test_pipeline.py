@@ -63,6 +63,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "arb",
         {"refinement": "arb-rc", "column_group_bitmap": True, "block_size": 16, "iterations": 2},
     ),
+    "pb-llm": ("pb-llm", {"salient_share": 0.1, "group_size": 16, "block_size": 16}),
     "mobie": ("mobie", {"iterations": 2}),
     "mobie-none": ("mobie", {"iterations": 2, "joint_svd": "off", "glas": False, "nges": False}),
     "mobie-router": ("mobie", {"iterations": 2, "router": "binarized", "joint_svd": "fused_gate_up"}),
