@@ -30,7 +30,7 @@ from mobie.verdicts.sampling import Draws, Sampler, exact, half_width, seed_erro
 
 PAPER_TEXTS = ("wikitext2", "c4", "ptb")
 #: methods that are run with every calibration seed, by the registered name of their family
-SEEDED = {"billm": "billm", "arb": "arb-llm", "mobie": "mobie"}
+SEEDED = {"billm": "billm", "arb": "arb-llm", "mobie": "mobie", "mxmoe": "mxmoe-2.25"}
 REFERENCE = "fp16"
 EXACT = "exact"
 
