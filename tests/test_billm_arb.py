@@ -22,7 +22,9 @@ from mobie.errors import ConfigError, DataError
 from mobie.methods.arb import ARB, fit_row_column, nearest_signs, refine_means, refine_on_inputs
 from mobie.methods.base import BankStats, ExpertBank, LinearStats
 from mobie.methods.billm import BiLLM
-from mobie.methods.binary_common import Binarization, BinaryMethod, Fit, Split, border_errors, fit_means
+from mobie.methods.binary_common import BinaryMethod
+from mobie.methods.binary_fit import Binarization, Fit, fit_means
+from mobie.methods.split_search import Split, border_errors
 from mobie.packing.binary import BinaryMatrix
 
 Array = np.ndarray
