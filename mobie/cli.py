@@ -21,8 +21,10 @@ from mobie.fetching.command import fetch_command, lock_command
 from mobie.jobs.attempt import is_out_of_memory
 from mobie.jobs.command import (
     calibrate_command,
+    expert_usage_command,
     mirror_command,
     quantize_command,
+    self_sample_command,
     train_nano_command,
     windows_command,
 )
@@ -92,10 +94,12 @@ main.add_command(lock_command)
 main.add_command(mirror_command)
 main.add_command(train_nano_command)
 main.add_command(calibrate_command)
+main.add_command(self_sample_command)
 main.add_command(windows_command)
 main.add_command(quantize_command)
 for score_command in score_commands:
     main.add_command(score_command)
+main.add_command(expert_usage_command)
 main.add_command(gate_command)
 main.add_command(generate_code_command)
 main.add_command(score_code_command)

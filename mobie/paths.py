@@ -128,6 +128,10 @@ class Layout:
         folder = self.root / "results" / suite / model / "calibration"
         return folder / f"{text}-n{sequences}-l{length}-s{seed}.safetensors"
 
+    def calibration_parts(self, suite: str, model: str, text: str, sequences: int, length: int, seed: int) -> Path:
+        """Finished batches of calibration text that a model is still writing; gone when it is whole."""
+        return self.calibration(suite, model, text, sequences, length, seed).with_suffix(".parts")
+
     def windows(self, suite: str, model: str, text: str, protocol: str) -> Path:
         """Token windows of a text; `protocol` is the `windows_id` of a window protocol."""
         return self.root / "results" / suite / model / "windows" / f"{text}-{protocol}.safetensors"

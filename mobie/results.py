@@ -31,7 +31,7 @@ CHANCE_STDERRS = 2.0
 #: kinds of records that a rule makes
 KINDS = (
     *("quantize", "perplexity", "tasks", "routing", "shift", "cka", "generations", "hard", "code_samples", "code"),
-    *("speed", "gate"),
+    *("speed", "gate", "expert_usage"),
 )
 #: kinds whose committed records stand in where a suite has none, or a skipped one: they need a machine with a GPU
 PUBLISHED = ("speed",)

@@ -119,8 +119,8 @@ def test_outputs_of_the_experts_add_up_to_the_librarys(model_type: str, tmp_path
             total = torch.zeros_like(torch.cat(expected).flatten(0, -2))
             for expert in range(len(view.bank.projections["gate"])):
                 own = {name: weight[expert] for name, weight in view.bank.projections.items()}
-                output = view.expert_output(expert, own)
-                assert torch.equal(output, view.expert_output(expert, {}))
+                output = view.expert_output(expert, own, None)
+                assert torch.equal(output, view.expert_output(expert, {}, None))
                 token = torch.cat([t for _, t in statistics._rows.of("gate", expert)] or [torch.zeros(0).long()])
                 total.index_add_(0, token, output)
             torch.testing.assert_close(total, torch.cat(expected).flatten(0, -2), rtol=1e-4, atol=1e-5)

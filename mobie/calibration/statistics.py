@@ -158,10 +158,10 @@ class BlockStatistics(BlockObserver):
         by_name = LazyMap(list(experts), lambda name: shared[_watched(name)])
         return BankStats(experts, by_name, dict.fromkeys(experts, tokens))
 
-    def expert_output(self, expert: int, weights: Mapping[str, Tensor]) -> Tensor:
+    def expert_output(self, expert: int, weights: Mapping[str, Tensor], most: int | None = None) -> Tensor:
         """What an expert adds to the layer's output, its router's score included (`ExpertRows.output`)."""
         assert self._rows is not None  # there are experts
-        return self._rows.output(expert, weights)
+        return self._rows.output(expert, weights, most)
 
     def _cached(self, weighting: TokenWeighting, projection: str, expert: int) -> LinearStats:
         return self._cache.get((weighting, projection, expert), lambda: self._of(weighting, projection, expert))

@@ -28,6 +28,25 @@ class TokensOrigin:
     seed: int
 
 
+@dataclass(frozen=True)
+class SelfSampledOrigin:
+    """What a model wrote a token set with: its own files' SHA-256, the settings of the search, type and kind of device.
+
+    text: name of the settings in `mobie.data.self_sampled`.
+    """
+
+    text: str
+    model_sha256: str
+    tokenizer_sha256: str
+    seed: int
+    dtype: str
+    device: str
+    settings: dict[str, Any]
+
+
+Origin = TokensOrigin | SelfSampledOrigin
+
+
 def generator(seed: int, purpose: str) -> torch.Generator:
     """A random generator that depends on the seed and its purpose only."""
     state = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big")
@@ -62,12 +81,12 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
 
-def save_tokens(path: Path, tokens: Tensor, origin: TokensOrigin) -> None:
+def save_tokens(path: Path, tokens: Tensor, origin: Origin) -> None:
     """Write a token set, its origin and the hash of both as safetensors. Raises `StorageError`."""
     save_sealed(path, {"tokens": tokens}, asdict(origin))
 
 
-def load_tokens(path: Path) -> tuple[Tensor, TokensOrigin]:
+def load_tokens(path: Path) -> tuple[Tensor, Origin]:
     """Read what `save_tokens` wrote.
 
     Raises:
@@ -75,7 +94,7 @@ def load_tokens(path: Path) -> tuple[Tensor, TokensOrigin]:
     """
     try:
         tokens, origin = load_sealed(path, "tokens")
-        return tokens, TokensOrigin(**origin)
+        return tokens, (SelfSampledOrigin if "settings" in origin else TokensOrigin)(**origin)
     except FileNotFoundError:
         raise DataError(f"{path}: no such calibration set; run the calibrate rule") from None
     except (ValueError, TypeError) as error:

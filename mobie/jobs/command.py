@@ -69,6 +69,53 @@ def calibrate_command(
     click.echo(calibrate(keys, changes.apply(keys.calibration_config)))
 
 
+@verb(name="self-sample")
+@keys_options(method=False)
+@click.option("--text", default="ebss", show_default=True, help="Settings in mobie/data/self_sampled.py.")
+@click.option("--sequences", type=click.IntRange(min=1), help="Number of sequences.  [default: the model's]")
+@click.option("--length", type=click.IntRange(min=1), help="Tokens per sequence.  [default: the model's]")
+def self_sample_command(
+    suite: str, model: str | None, seed: int | None, text: str, sequences: int | None, length: int | None
+) -> None:
+    """Let a model write its own calibration text, by a beam search that also likes balanced experts (EBSS).
+
+    Each sequence starts with another random token; its score is the mean negative log-likelihood plus the imbalance
+    of the experts divided by τ. A method asks for such text by `calibration: {text: ebss}`; other names are other
+    readings of what the paper leaves open. Needs the checkpoint of the method `fp16`. A run that was stopped goes on
+    from the last finished batch of sequences and ends with the same bytes.
+
+    \b
+    python -m mobie self-sample --model nano-olmoe
+    python -m mobie self-sample --text ebss-set --sequences 32
+    python -m mobie quantize --method gptq-w2+calibration.text=ebss
+    """
+    from mobie.config import CalibrationOverride
+    from mobie.jobs.ebss import self_sample_job
+
+    keys = checked_keys(suite, model, seed)
+    make_deterministic()
+    changes = CalibrationOverride(text=text, sequences=sequences, length=length)
+    click.echo(self_sample_job(keys, changes.apply(keys.calibration_config), progress=sys.stderr.isatty()))
+
+
+@verb(name="expert-usage")
+@keys_options(method=True)
+def expert_usage_command(suite: str, model: str | None, method: str, seed: int | None) -> None:
+    """How evenly the full-precision model uses its experts on a method's calibration text and on its ordinary one.
+
+    For text that the model wrote itself (`self-sample`) this says whether it is more balanced, and how likely it is.
+    Needs both sets of tokens and the checkpoint of the method `fp16`.
+
+    \b
+    python -m mobie expert-usage --method gptq-w2+calibration.text=ebss
+    """
+    from mobie.jobs.ebss import usage_job
+
+    keys = checked_keys(suite, model, seed, method)
+    make_deterministic()
+    show_record(usage_job(keys))
+
+
 @verb(name="windows")
 @click.option("--protocol", help="Digest in the windows' file name.  [default: all of the text]")
 @click.option("--text", help="A text of the suite's protocol.  [default: all]")

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
+from mobie.data.self_sampled import EBSS, SELF_SAMPLED
 from mobie.jobs import quantize_cost
 from mobie.jobs.size import Size, size_of
 
@@ -82,6 +83,8 @@ MMLU_SUBJECTS = 57
 PROBLEMS = {"humaneval": 164, "mbpp": 500}  # at most, of a whole set
 PROGRAM_SECONDS = 3  # of one program in its container
 PROMPTS = 16  # of the generations, at most
+CACHE_COPIES = 2  # of keys and values, while beams are put in another order
+READ_TOKENS = 2048  # whose logits are held while a calibration text is read
 RUNNERS = 4  # ways in which one setting is timed
 
 
@@ -221,6 +224,24 @@ def _tokenize(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     return Work(copies=0)
 
 
+def _self_sample(calibration: Calibration, protocol: ProtocolConfig) -> Work:
+    """Every beam of a batch writes a token at each step."""
+    settings, rows = SELF_SAMPLED[EBSS], SELF_SAMPLED[EBSS].batch * SELF_SAMPLED[EBSS].beams
+    return Work(
+        copies=1,
+        dtype_bytes=_bytes(protocol.routing.dtype),
+        tokens=settings.beams * calibration.sequences * calibration.length,
+        steps=math.ceil(calibration.sequences / settings.batch) * calibration.length,
+        logits=rows,
+        cached=CACHE_COPIES * rows * calibration.length,
+    )
+
+
+def _expert_usage(calibration: Calibration, protocol: ProtocolConfig) -> Work:
+    tokens = 2 * calibration.sequences * calibration.length
+    return Work(copies=1, dtype_bytes=_bytes(protocol.routing.dtype), tokens=tokens, logits=READ_TOKENS)
+
+
 def _windows(parts: tuple, models: int) -> Work:
     """Token windows through `models` models, one after the other; a copy of the model for each dtype."""
     tokens = sum(WHOLE_TEXT if part.windows is None else part.windows * part.window for part in parts)
@@ -324,6 +345,8 @@ def _speed(calibration: Calibration, protocol: ProtocolConfig) -> Work:
 WORK: dict[str, Callable[[Calibration, ProtocolConfig], Work]] = {
     "quantize": _quantize,
     "calibrate": _tokenize,
+    "self_sample": _self_sample,
+    "expert_usage": _expert_usage,
     "windows": _tokenize,
     "perplexity": _perplexity,
     "gate": _gate,

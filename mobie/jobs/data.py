@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobie.config import Calibration
+from mobie.data.self_sampled import SELF_SAMPLED
 from mobie.data.texts import TEXTS, read_text, text_digest
 from mobie.errors import ConfigError, unknown_name
 from mobie.jobs.keys import Keys, checked_source, find_source, model_folder, source_version, write_checksums
@@ -41,6 +42,11 @@ def calibrate(keys: Keys, settings: Calibration) -> Path:
 
     from mobie.calibration.tokens import TokensOrigin, calibration_tokens, save_tokens, tokenizer_digest
 
+    if settings.text in SELF_SAMPLED:
+        raise ConfigError(
+            f"calibration of {keys.model}: got the text {settings.text!r}, which the model writes itself, expected one "
+            f"that is read; run `python -m mobie self-sample --text {settings.text}`"
+        )
     if settings.text not in TEXTS:
         raise ConfigError(f"calibration of {keys.model}: {unknown_name('text', settings.text, TEXTS)}")
     documents = read_text(settings.text, checked_source(TEXTS[settings.text].source, keys.layout))

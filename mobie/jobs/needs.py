@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mobie.config import config_names
+from mobie.data.self_sampled import SELF_SAMPLED
 from mobie.data.texts import TEXTS
 from mobie.errors import ConfigError, unknown_name
 from mobie.figures import FIGURES, figure_records
 from mobie.jobs.code import code_sources
 from mobie.jobs.data import windows_path
+from mobie.jobs.ebss import ordinary_keys
 from mobie.jobs.gate import gate_keys
 from mobie.jobs.keys import Keys, find_source, model_files
 from mobie.jobs.score import COMPARED, REFERENCE, benchmark_sources, hard_sources, uses_mirror
@@ -19,6 +21,8 @@ from mobie.sources import Source
 from mobie.tables import TABLES, table_records
 from mobie.verdicts import verdict_records
 
+#: names of texts that a model writes, as a regular expression
+WRITTEN = "(?:" + "|".join(sorted(SELF_SAMPLED)) + ")"
 WITH_WINDOWS = frozenset({"perplexity", "routing", "shift"})  # kinds that read token windows of a text
 #: where a kind's items come from
 BENCHMARKS: dict[str, Callable[[Keys], tuple[Source, ...]]] = {"tasks": benchmark_sources, "hard": hard_sources}
@@ -42,6 +46,17 @@ def text_source(text: str, layout: Layout) -> Path:
 def quantize_inputs(keys: Keys) -> list[Path]:
     """The model and its calibration tokens."""
     return [*model_inputs(keys), keys.calibration]
+
+
+def self_sample_inputs(keys: Keys) -> list[Path]:
+    """The checkpoint in full precision, which its record stands for, and the model that it was made of."""
+    return [*model_inputs(keys), ordinary_keys(keys).record("quantize")]
+
+
+def usage_inputs(keys: Keys) -> list[Path]:
+    """The checkpoint in full precision, a method's calibration tokens and the model's ordinary ones."""
+    reference = ordinary_keys(keys)
+    return list(dict.fromkeys([reference.record("quantize"), keys.calibration, reference.calibration]))
 
 
 def score_inputs(keys: Keys, kind: str) -> list[Path]:

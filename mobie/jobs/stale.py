@@ -76,6 +76,18 @@ def calibrate_code() -> str:
     return code_hash([SETTINGS, "mobie.calibration.tokens", "mobie.data.texts"])
 
 
+def self_sample_code() -> str:
+    """Digest of the code that lets a model write its calibration text."""
+    return code_hash(
+        [SETTINGS, "mobie.packing.checkpoint", "mobie.data.self_sampled", "mobie.calibration.self_sampling"]
+    )
+
+
+def usage_code() -> str:
+    """Digest of the code that counts how a model uses its experts."""
+    return code_hash([SETTINGS, "mobie.packing.checkpoint", "mobie.calibration.usage"])
+
+
 def windows_code() -> str:
     return code_hash([SETTINGS, "mobie.scoring.windows", "mobie.data.texts"])
 

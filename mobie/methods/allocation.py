@@ -12,8 +12,9 @@ from torch import Tensor
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
 from mobie.packing.base import Packed
 
-#: what an expert adds to its layer's output, with weights `(out, in)` by projection in place of its own
-ExpertOutput = Callable[[int, Mapping[str, Tensor]], Tensor]
+#: what an expert adds to its layer's output, with weights `(out, in)` by projection in place of its own, for so many
+#: of its calibration tokens at most (None: all)
+ExpertOutput = Callable[[int, Mapping[str, Tensor], int | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class LayerView:
     linear_stats:  of each of them.
     bank:          the routed experts, None in a dense block.
     bank_stats:    theirs; `tokens` tells how often each expert is chosen.
-    expert_output: `(expert, weights)` → the expert's output for its calibration tokens times the router's score,
+    expert_output: `(expert, weights, most)` → the expert's output for its calibration tokens times the router's score,
                    `(tokens, hidden)` float32; a projection that `weights` leaves out stays as it is.
     """
 

@@ -110,7 +110,7 @@ class BinaryMethod(Method):
         found = self._binarize(weights, stats)
         return {name: binarized.pack(self.block_size) for name, binarized in found.items()}
 
-    def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> dict[str, PackedBank]:
+    def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> Mapping[str, Packed]:
         if not self.nges:
             return super().quantize_experts(bank, stats)
         from mobie.methods.mobie.nges import null_space_projector  # here: its package imports this module

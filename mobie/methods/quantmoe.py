@@ -93,6 +93,8 @@ class QuantMoE(AllocatingMethod):
     """
 
     name: ClassVar[str] = "quantmoe"
+    seconds_per_weight: ClassVar[float] = 1.3e-7
+    stored_bits: ClassVar[float | str] = "budget"
 
     budget: float = 2.3
     promote_by: Rule = "frequency"

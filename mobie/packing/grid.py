@@ -196,11 +196,16 @@ class Grid(Packed):
         return {name: tensor for name, tensor in stored.items() if tensor is not None}
 
     def header(self) -> dict[str, Any]:
-        return {"columns": self.columns, "bits": self.bits, "group_size": self.group_size, "paper": self.paper}
+        header = {"columns": self.columns, "bits": self.bits, "group_size": self.group_size, "paper": self.paper}
+        return header if self.zero is not None else header | {"symmetric": True}
 
     @classmethod
     def from_tensors(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        return cls(**{"zero": None, "column_scale": None, **tensors}, **header)
+        absent: dict[str, Any] = {"column_scale": None}
+        if header.get("symmetric"):  # else a file without zero points is a damaged one
+            absent["zero"] = None
+        layout = {name: value for name, value in header.items() if name != "symmetric"}
+        return cls(**{**absent, **tensors}, **layout)
 
     def paper_bits(self, active_share: float = 1.0) -> float:
         return self.paper

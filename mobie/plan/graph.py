@@ -17,6 +17,7 @@ from mobie.config import load_suite
 from mobie.errors import ConfigError, unknown_name
 from mobie.figures import FIGURES
 from mobie.jobs import needs
+from mobie.jobs.ebss import KIND as EXPERT_USAGE
 from mobie.jobs.gate import KIND as GATE
 from mobie.jobs.keys import Keys
 from mobie.jobs.score import REFERENCE
@@ -30,6 +31,8 @@ Wildcards = Mapping[str, str]
 #: what a wildcard may be; anything without a slash otherwise
 WILDCARDS = {name: r"\d+" for name in ("seed", "sequences", "length")} | {
     "protocol": r"[0-9a-f]+",
+    "read_text": rf"(?!{needs.WRITTEN}-n)[^/]+",
+    "written_text": needs.WRITTEN,
     "table": "|".join(TABLES),
     "figure": "|".join(FIGURES),
 }
@@ -198,14 +201,24 @@ class Graph:
         def with_text(wildcards: Wildcards) -> list[Path]:
             keys = self._keys(wildcards)
             assert keys is not None  # the pattern has a model
-            return [*needs.model_inputs(keys), needs.text_source(wildcards["text"], layout)]
+            text = wildcards.get("text") or wildcards["read_text"]
+            return [*needs.model_inputs(keys), needs.text_source(text, layout)]
 
-        calibration = layout.calibration("{suite}", "{model}", "{text}", "{sequences}", "{length}", "{seed}")  # type: ignore[arg-type]
+        def written(wildcards: Wildcards) -> list[Path]:
+            keys = self._keys(wildcards)
+            assert keys is not None  # the pattern has a model
+            return needs.self_sample_inputs(keys)
+
+        calibration, own_text = (
+            layout.calibration("{suite}", "{model}", text, "{sequences}", "{length}", "{seed}")  # type: ignore[arg-type]
+            for text in ("{read_text}", "{written_text}")
+        )
         windows = layout.windows("{suite}", "{model}", "{text}", "{protocol}")
         return (
             Rule("mirror", (layout.mirror_stamp,), lambda _: [wheel]),
             Rule("train_nano", (layout.nano_record,), lambda _: [training, wheel]),
             Rule("calibrate", (calibration,), with_text, "calibrate"),
+            Rule("self_sample", (own_text,), written, "self_sample"),
             Rule("windows", (windows,), with_text, "windows"),
         )
 
@@ -226,6 +239,7 @@ class Graph:
         return (
             rule("quantize", "quantize", needs.quantize_inputs),
             *(scorer(kind) for kind in SCORERS),
+            rule(EXPERT_USAGE, EXPERT_USAGE, needs.usage_inputs),
             replace(rule(GATE, GATE, needs.gate_inputs), outputs=(gate,)),
             rule("generate_code", "code_samples", lambda keys: [keys.record("quantize"), *needs.problem_files(keys)]),
             rule("score_code", "code", lambda keys: [keys.record("code_samples"), *needs.problem_files(keys)]),
