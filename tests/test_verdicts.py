@@ -32,10 +32,11 @@ from mobie.tables.table8 import METRICS as HARD_METRICS
 from mobie.tables.table8 import hard_kind
 from mobie.verdicts import document, judge, to_markdown, verdict_records, write_claims
 from mobie.verdicts.arithmetic import evaluate
+from mobie.verdicts.comparisons import against
 from mobie.verdicts.document import Relation, load_ours
-from mobie.verdicts.judge import MEANING, NOT_CHECKABLE, NOT_RUN, Verdicts, against
 from mobie.verdicts.sampling import RESAMPLES, Sampler, exact, half_width, seed_error
 from mobie.verdicts.sources import PAPER_TEXTS, Drawn, Hole
+from mobie.verdicts.verdict import MEANING, NOT_CHECKABLE, NOT_RUN, Verdicts
 from mobie.verdicts.write import to_csv, to_json
 
 SUITES = ("smoke", "paper")
