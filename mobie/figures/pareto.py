@@ -46,8 +46,8 @@ def collect(results: Results) -> FigureData:
         "bits stored per quantized weight: every byte of codes, scales, means, maps and indices. The step line joins "
         "the methods that no other beats in both; it does not weigh the intervals. A faint line leads to the bits that "
         "the method's own paper counts (small stroke). Dashed and shaded: full precision. Numbers name the methods; a "
-        f"hollow marker is not above chance. What is beyond {BEYOND:g} medians of the perplexities or of the bits stands at "
-        f"the edge with its value. {INTERVAL}",
+        f"hollow marker is not above chance. Values beyond {BEYOND:g} medians stand at the edge, written out. "
+        f"{INTERVAL}",
         tuple(rows),
         facts(results, models),
     )
