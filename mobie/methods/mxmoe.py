@@ -84,6 +84,8 @@ class MxMoE(AllocatingMethod):
     """
 
     name: ClassVar[str] = "mxmoe"
+    survey_passes: ClassVar[float] = 20.0  # as it is, and six strategies for each of three projections
+    stored_bits: ClassVar[float] = 2.8
 
     budget: float = 2.25
     strategies: tuple[Strategy, ...] = WEIGHT_ONLY

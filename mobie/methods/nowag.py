@@ -93,6 +93,7 @@ class NoWag(Method):
     """
 
     name: ClassVar[str] = "nowag"
+    stored_bits: ClassVar[float] = 2.2
 
     dimension: int = 6
     codebook_bits: int = 12
