@@ -11,8 +11,9 @@ statistics are formed from its tokens when a method asks, blended with the layer
 few. Every method runs in a process of its own, on one thread. A finished method is kept in the record; the same command
 goes on with the others.
 
-    cpu_seconds            of the method's own mathematics: experts and attention
+    cpu_seconds            of the method's own mathematics: experts, attention, and the survey before them, if any
     wall_seconds           the same by the clock; on a busy machine more
+    bits_stored            bits per weight of the block, every byte counted
     statistics_seconds     CPU seconds for the Hessians, guided ones where the method wants them
     peak_mb                most memory the process had; above_mb: more than before the method began
 """
@@ -39,13 +40,15 @@ from torch import Tensor
 from torch.nn.functional import silu
 from tqdm import tqdm
 
-from mobie.config import load_method
+from mobie.config import load_method, load_suite
+from mobie.jobs.score import REFERENCE
 from mobie.methods.allocation import AllocatingMethod, LayerView
 from mobie.methods.base import BankStats, ExpertBank, FormedStats, LinearStats, Method
 from mobie.models.base import EXPERT_INPUTS
+from mobie.packing.base import BitLedger
 from mobie.storage import write_json
 
-METHODS = ["rtn-w3", "gptq-w3", "gptq-w2", "awq-w3", "awq-w2", "billm", "arb-llm", "mobie"]
+SUITE = "smoke"  # whose methods are measured
 BLOCKS = 16  # of OLMoE-1B-7B
 RECORDS = Path(__file__).parent / "records"
 MEGABYTE = 1 << 20
@@ -190,6 +193,23 @@ def memory_kb(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
+class Watch:
+    """Seconds since it was made, until it is stopped, without those in which statistics were formed."""
+
+    def __init__(self, formed: Sequence[Rows], device: torch.device) -> None:
+        self._formed, self._device = formed, device
+        self._began = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        synchronize(self._device)
+        cpu = sum(own.cpu_seconds for own in self._formed)
+        wall = sum(own.wall_seconds for own in self._formed)
+        return time.process_time() - cpu, time.perf_counter() - wall
+
+    def stop(self) -> None:
+        self.cpu_seconds, self.wall_seconds = (now - began for now, began in zip(self._now(), self._began, strict=True))
+
+
 def measure(name: str, shape: Mapping[str, int], device: torch.device) -> dict[str, float]:
     """Quantize the block's experts and attention once."""
     method = load_method(name).build()
@@ -198,26 +218,28 @@ def measure(name: str, shape: Mapping[str, int], device: torch.device) -> dict[s
     before = memory_kb("VmRSS") / 1024
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    cpu, wall = time.process_time(), time.perf_counter()
-    if isinstance(method, AllocatingMethod):
-        method = method.over(view_of(block))  # the survey is part of what the experts cost
-    method.quantize_experts(block.bank, block.stats)
-    synchronize(device)
     formed = [own for own in block.stats.experts.values() if isinstance(own, Rows)]
-    statistics = sum(own.cpu_seconds for own in formed)
-    experts_cpu = time.process_time() - cpu - statistics
-    experts_wall = time.perf_counter() - wall - sum(own.wall_seconds for own in formed)
-    cpu, wall = time.process_time(), time.perf_counter()
+    survey = Watch(formed, device)
+    if isinstance(method, AllocatingMethod):
+        method = method.over(view_of(block))
+    survey.stop()
+    experts = Watch(formed, device)
+    packed = dict(method.quantize_experts(block.bank, block.stats))
+    experts.stop()
+    attention, ledgers = Watch((), device), {name: own.ledger(shape["top_k"]) for name, own in packed.items()}
     for weights, stats in zip(block.attention, block.attention_stats, strict=True):
-        method.quantize_group(weights, stats)
-    synchronize(device)
-    attention_cpu, attention_wall = time.process_time() - cpu, time.perf_counter() - wall
+        ledgers |= {name: own.ledger() for name, own in method.quantize_group(weights, stats).items()}
+    attention.stop()
+    parts = (survey, experts, attention)
+    statistics = sum(own.cpu_seconds for own in formed)
     found = {
-        "cpu_seconds": experts_cpu + attention_cpu,
-        "wall_seconds": experts_wall + attention_wall,
-        "experts_cpu_seconds": experts_cpu,
-        "attention_cpu_seconds": attention_cpu,
+        "cpu_seconds": sum(part.cpu_seconds for part in parts),
+        "wall_seconds": sum(part.wall_seconds for part in parts),
+        "survey_cpu_seconds": survey.cpu_seconds,
+        "experts_cpu_seconds": experts.cpu_seconds,
+        "attention_cpu_seconds": attention.cpu_seconds,
         "statistics_seconds": statistics + (block.attention_seconds if method.reads_statistics else 0.0),
+        "bits_stored": BitLedger.merge(ledgers).stored_bits,
         "peak_mb": memory_kb("VmHWM") / 1024,
         "above_mb": memory_kb("VmHWM") / 1024 - before,
     }
@@ -330,7 +352,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024, help="inner width of an expert")
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens in all")
-    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help=f"those of the suite {SUITE} but {REFERENCE}")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--output", type=Path, help="record; benchmarks/records/true_size.json")
     parser.add_argument("--fresh", action="store_true", help="measure methods again that are in the record")
@@ -359,7 +381,8 @@ def main() -> None:
         write_json(output, record)
         show(record)
         return
-    todo = [name for name in arguments.methods if name not in record["methods"]]
+    methods = arguments.methods or [name for name in load_suite(SUITE).methods if name != REFERENCE]
+    todo = [name for name in methods if name not in record["methods"]]
     with tqdm(todo, unit="method", disable=not todo) as bar:
         for name in bar:
             bar.set_postfix_str(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -116,7 +116,7 @@ def _no_bank_statistics(bank: ExpertBank) -> BankStats:
     return BankStats(experts, dict.fromkeys(bank.projections, NO_STATISTICS))
 
 
-def _expert_errors(bank: ExpertBank, experts: dict[str, Any], stats: BankStats) -> dict[str, float | None]:
+def _expert_errors(bank: ExpertBank, experts: Mapping[str, Packed], stats: BankStats) -> dict[str, float | None]:
     """Mean relative output error of each projection's experts, None where it is not known of all."""
     dense = split_gate_up({name: packed.dequantize() for name, packed in experts.items()})
     errors: dict[str, float | None] = {}

@@ -180,8 +180,8 @@ class SuiteConfig(Strict):
     methods: tuple[str, ...] = Field(
         min_length=1,
         strict=False,
-        description="files in workflow/config/methods: rows of Table 2 for every model, in order. Those that stand for a "
-        "row of the paper's Tables 7 to 9 are rows there too",
+        description="files in workflow/config/methods: rows of Table 2 for every model, in order; Tables 7 to 9 have "
+        "those that stand for one of the paper's rows there",
     )
     targets: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(
         default_factory=dict,

@@ -179,8 +179,8 @@ def quantize_weight(method: Method, weight: Tensor, inputs: Inputs, gradients: t
     stats = BankStats({PROJECTION: experts}, {PROJECTION: pooled})
     if isinstance(method, AllocatingMethod):
 
-        def output(expert: int, weights: Mapping[str, Tensor]) -> Tensor:
-            x = inputs.rows[expert if inputs.per_expert else 0]
+        def output(expert: int, weights: Mapping[str, Tensor], most: int | None) -> Tensor:
+            x = inputs.rows[expert if inputs.per_expert else 0][:most]
             return x @ weights.get(PROJECTION, weight[expert]).T
 
         method = method.over(LayerView(bank=bank, bank_stats=stats, expert_output=output))
@@ -239,6 +239,8 @@ def try_method(
     notes = []
     if method.needs_gradients and gradients is None:
         notes.append("no loss gradients given: every token has weight 1; give them with --gradients")
+    if method.token_weighting == "gate":
+        notes.append("there is no router here: every token has score 1")
     if method.needs_gradients is False and gradients is not None:
         notes.append("this method uses no loss gradients: --gradients had no effect")
     trial = Trial(

@@ -22,10 +22,10 @@ def fixed(
     if not isinstance(method, AllocatingMethod):
         return method
 
-    def output(expert: int, weights: Mapping[str, Tensor]) -> Tensor:
+    def output(expert: int, weights: Mapping[str, Tensor], most: int | None) -> Tensor:
         assert bank is not None and bank_stats is not None
         own = {name: weights.get(name, weight[expert]) for name, weight in bank.projections.items()}
-        x = bank_stats.experts["gate"][expert].sample
+        x = bank_stats.experts["gate"][expert].sample[:most]
         return (silu(x @ own["gate"].T) * (x @ own["up"].T)) @ own["down"].T
 
     return method.over(LayerView(linears or {}, linear_stats or {}, bank, bank_stats, output if bank else None))

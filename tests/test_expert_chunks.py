@@ -18,6 +18,8 @@ METHODS = (
     "fp16",
     "rtn-w3",
     "gptq-w3-g128",
+    "gptq-w2-affinity",
+    "moequant-w2",
     "pb-llm-10",
     "awq-w3",
     "billm-glas-nges",
@@ -28,6 +30,12 @@ METHODS = (
 )
 METHODS += ("mobie-fused", "mobie-matrix-scope", "mobie-none", "mobie-sigma2", "mobie-triangular-feedback")
 METHODS += ("quantmoe-2.3",)
+METHODS += (
+    "nowag",
+    "nowag+codebook_bits=5",
+    "nowag-shared-codebook",
+    "nowag-shared-codebook+codebook_bits=5+iterations=3",
+)
 COPIES = 2  # experts of the layer, once and again with other weights: six
 
 

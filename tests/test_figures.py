@@ -19,6 +19,7 @@ from mobie.errors import ConfigError, DataError
 from mobie.figures import FIGURES, collect_figure, figure_records, render, write_figure
 from mobie.figures.figure import COLUMNS, FigureData, hole, point, to_csv
 from mobie.figures.style import METHODS, SMALL, STDERRS, fit, method_style, new_figure
+from mobie.jobs.methods import is_allocating
 from mobie.paper.printed import printed
 from mobie.paths import PACKAGE, Layout
 from mobie.records import Measurement, Record, write_record
@@ -103,16 +104,27 @@ def block(index: int, draw: random.Random) -> dict[str, Any]:
     }
 
 
+def allocation(draw: random.Random) -> dict[str, Any]:
+    """What the record of a method that shares out bits says of a block besides."""
+    bits = {name: {"bits": [draw.choice([2, 4]) for _ in range(EXPERTS)]} for name in ("gate", "up", "down")}
+    account = {"budget": 2.3, "reached": 2.29}
+    survey = {"tokens": [draw.randrange(50, 500) for _ in range(EXPERTS)]}
+    return {"allocation": {"experts": bits, "account": account}, "survey": survey}
+
+
 def contents(results: Results, method: str, kind: str) -> tuple[list[Measurement], dict[str, Any]]:
     """Measurements and details of a record of any kind, all values from a generator."""
     draw = random.Random(f"{method} {kind}")
     texts = results.protocol.texts
     if kind == "quantize":
         bits = [Measurement(f"bits_{k}", draw.uniform(1, 3), None, 7340032) for k in ("paper", "codes", "stored")]
+        blocks = [block(index, draw) for index in range(LAYERS)]
+        if is_allocating(results.method(method).method):
+            blocks = [own | allocation(draw) for own in blocks]
         components = {c: {"paper": 1.5, "codes": 1.2, "stored": 2.0, "weights": 100} for c in ("experts", "attention")}
         return bits, {
             "options": {},
-            "blocks": [block(index, draw) for index in range(LAYERS)],
+            "blocks": blocks,
             "bytes_by_item": {"block0.experts.gate.basis.codes": 65536},
             "kept_bytes": 4235776,
             "file_bytes": 6023856,

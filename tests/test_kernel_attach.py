@@ -406,7 +406,7 @@ def warnings_of(records: list[logging.LogRecord]) -> list[str]:
     return [record.getMessage() for record in records if record.name == "mobie"]
 
 
-@pytest.mark.parametrize("method", ["rtn-w3", "billm", "arb-rc"])
+@pytest.mark.parametrize("method", ["rtn-w3", "pb-llm-10", "billm", "arb-rc"])
 def test_methods_without_experts_kernel_fall_back_and_say_so_once(
     method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -417,7 +417,7 @@ def test_methods_without_experts_kernel_fall_back_and_say_so_once(
     assert len(warnings_of(caplog.records)) == len(report.fallbacks) > 0
     experts = {f"model.layers.{i}.mlp.experts" for i in range(2)}
     assert experts <= {name for names in report.fallbacks.values() for name in names}
-    assert bool(report.kernels) == (method != "rtn-w3")  # binary Linears have one
+    assert bool(report.kernels) == (method not in {"rtn-w3", "pb-llm-10"})  # binary Linears have one
     attach(packed_model("olmoe", method), compute="kernels")
     assert len(warnings_of(caplog.records)) == len(report.fallbacks)
 

@@ -37,7 +37,8 @@ from mobie.packing.dense import Dense16
 
 TRUNCATED = ["mobie+rank=17", "mobie-right+rank=17"]  # the layer is smaller than the rank of mobie-truncated
 MOBIE = [name for name in CONFIGS if name.startswith("mobie")] + TRUNCATED
-OTHERS = ["fp16", "rtn-w3", "gptq-w2-g128", "awq-w3", "billm", "billm-glas-nges", "arb", "arb-rc", "arb-x-cgb"]
+OTHERS = ["fp16", "rtn-w3", "gptq-w2-g128", "awq-w3", "pb-llm-10"]
+OTHERS += ["billm", "billm-glas-nges", "arb", "arb-rc", "arb-x-cgb"]
 
 
 @cache

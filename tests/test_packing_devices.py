@@ -20,6 +20,8 @@ from mobie.packing.base import FORMATS, Packed
 from mobie.packing.bits import pack_codes, unpack_codes
 from mobie.packing.dense import Dense16
 from mobie.packing.grid import Grid
+from mobie.packing.partial_binary import PartialBinary
+from mobie.packing.vector import VectorCodes
 
 
 def grid(bits_: int, group_size: int | None, scaled: bool) -> Grid:
@@ -33,6 +35,25 @@ def grid(bits_: int, group_size: int | None, scaled: bool) -> Grid:
         group_size=group_size,
         paper=float(bits_),
         column_scale=torch.rand(21, generator=generator) + 0.5 if scaled else None,
+    )
+
+
+def partial_binary(share: float, group_size: int | None, mean: bool) -> PartialBinary:
+    generator = torch.Generator().manual_seed(0)
+    groups = 1 if group_size is None else -(-21 // group_size)
+    salient = torch.rand(5, 21, generator=generator) < share
+    codes = torch.randint(1 << 8, (5, 21), generator=generator)
+    row_scale, middle, scale = torch.rand(3, 5, groups, generator=generator) + 0.1
+    zero = torch.randint(1 << 8, (5, groups), generator=generator)
+    return PartialBinary.pack(
+        torch.where(salient, codes, codes % 2),
+        salient,
+        row_scale,
+        middle if mean else None,
+        scale,
+        zero,
+        bits=8,
+        group_size=group_size,
     )
 
 
@@ -57,6 +78,17 @@ def bank(side: str | None) -> PackedBank:
     return PackedBank(experts, basis, side or "left")
 
 
+def vectors(*experts: int) -> VectorCodes:
+    """A matrix `(5, 21)`, or a bank, in vectors of 4 on a codebook of 300: codes of 9 bits."""
+    generator = torch.Generator().manual_seed(0)
+    return VectorCodes.pack(
+        torch.randint(300, (*experts, 5, 6), generator=generator),
+        torch.randn(300, 4, generator=generator),
+        torch.rand(*experts, 21, generator=generator) + 0.5,
+        torch.rand(*experts, 5, generator=generator) + 0.5,
+    )
+
+
 PACKED: dict[str, Callable[[], Packed]] = {
     "binary replaced": random_matrix,
     "binary residual": lambda: random_matrix(residual=True),
@@ -67,7 +99,13 @@ PACKED: dict[str, Callable[[], Packed]] = {
     "symmetric 3": lambda: SymmetricRows.quantize(torch.randn(5, 13), 3),
     "grid": lambda: grid(3, None, False),
     "grid groups": lambda: grid(2, 8, True),
+    "partial binary": lambda: partial_binary(0.1, None, True),
+    "partial binary groups": lambda: partial_binary(0.7, 8, False),
+    "partial binary no salient": lambda: partial_binary(0.0, None, True),
+    "partial binary all salient": lambda: partial_binary(1.0, None, True),
     "dense": lambda: Dense16(torch.randn(4, 5).bfloat16()),
+    "vectors": lambda: vectors(),
+    "vectors, shared codebook": lambda: vectors(3),
     "bank": lambda: bank(None),
     "bank left": lambda: bank("left"),
     "bank right": lambda: bank("right"),
@@ -110,9 +148,8 @@ def test_unpacking_without_numpy_gives_the_same_values(name: str, monkeypatch: p
     packed = PACKED[name]()
     expected = packed.dequantize()
     monkeypatch.setattr(bits.np, "unpackbits", None)
-    monkeypatch.setattr("mobie.packing.grid.unpack_codes", bits._unpack_on_device)
-    monkeypatch.setattr("mobie.packing.bank.unpack_codes", bits._unpack_on_device)
-    monkeypatch.setattr("mobie.packing.bits.unpack_codes", bits._unpack_on_device)
+    for module in ("bits", "bank", "grid", "partial_binary", "vector"):
+        monkeypatch.setattr(f"mobie.packing.{module}.unpack_codes", bits._unpack_on_device)
     assert torch.equal(packed.dequantize(), expected)
 
 
@@ -126,14 +163,15 @@ def test_unpacking_on_a_gpu_gives_the_same_values(name: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data(), st.integers(1, 8), st.integers(0, 3), st.integers(1, 40))
+@given(st.data(), st.integers(1, 16), st.integers(0, 3), st.integers(1, 40))
 def test_torch_and_numpy_unpack_alike(data: st.DataObject, width: int, rows: int, length: int) -> None:
     values = data.draw(st.lists(st.integers(0, (1 << width) - 1), min_size=rows * length, max_size=rows * length))
     codes = torch.tensor(values, dtype=torch.int64).view(rows, length)
     packed = pack_codes(codes, width)
     assert torch.equal(unpack_codes(packed, length).long(), codes)
     got = bits._unpack_on_device(packed, length)
-    assert got.dtype == torch.uint8 and torch.equal(got.long(), codes)
+    assert got.dtype == unpack_codes(packed, length).dtype == (torch.uint8 if width <= 8 else torch.int32)
+    assert torch.equal(got.long(), codes)
 
 
 def test_watch_sees_a_tensor_elsewhere() -> None:

@@ -53,6 +53,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {"bits": 3}),
     "gptq": ("gptq", {"bits": 3}),
     "gptq-g16": ("gptq", {"bits": 2, "group_size": 16}),
+    "gptq-affinity": ("gptq", {"bits": 2, "token_weighting": "gate"}),
+    "moequant": ("moequant", {"bits": 2}),
     "awq": ("awq", {"bits": 3, "group_size": 16}),
     "billm": ("billm", {"block_size": 16}),
     "arb": ("arb", {"refinement": "arb", "block_size": 16, "iterations": 2}),
@@ -61,6 +63,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "arb",
         {"refinement": "arb-rc", "column_group_bitmap": True, "block_size": 16, "iterations": 2},
     ),
+    "pb-llm": ("pb-llm", {"salient_share": 0.1, "group_size": 16, "block_size": 16}),
     "mobie": ("mobie", {"iterations": 2}),
     "mobie-none": ("mobie", {"iterations": 2, "joint_svd": "off", "glas": False, "nges": False}),
     "mobie-router": ("mobie", {"iterations": 2, "router": "binarized", "joint_svd": "fused_gate_up"}),
@@ -191,7 +194,7 @@ def test_checkpoint_holds_exactly_what_the_method_returned(name: str, sources: d
         assert parameter.isfinite().all()
         if parameter_name not in changed:
             assert torch.equal(parameter, original.get_parameter(parameter_name)), parameter_name
-    assert bool(watched.routers) == (name == "mobie-router")
+    assert bool(watched.routers) == watched.quantizes_router
     assert (GATE_UP in watched.experts[0]) == (name == "mobie-router")
     check_bytes(report, tmp_path)
     assert not (tmp_path / "work").exists()
@@ -218,7 +221,7 @@ def check_bytes(report: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - {"olmoe"}))
-@pytest.mark.parametrize("name", ["fp16", "mobie-router"])
+@pytest.mark.parametrize("name", ["fp16", "mobie-router", "moequant"])
 def test_every_architecture_goes_through(name: str, model_type: str, sources: dict[str, Path], tmp_path: Path) -> None:
     report = quantize(sources[model_type], method(name), TOKENS, tmp_path, fingerprint="job")
     model, _ = load_model(tmp_path)
@@ -227,7 +230,7 @@ def test_every_architecture_goes_through(name: str, model_type: str, sources: di
         parts = load_block(block_path(tmp_path, index)).block
         for linear, packed in parts.linears.items():
             assert torch.equal(block.get_parameter(f"{linear}.weight"), packed.dequantize())
-        quantized = adapter.quantized_parameters(block, router=name == "mobie-router")
+        quantized = adapter.quantized_parameters(block, router=name != "fp16")
         for parameter_name, parameter in block.named_parameters():
             if parameter_name not in quantized:
                 assert torch.equal(parameter, adapter.blocks(original)[index].get_parameter(parameter_name))
@@ -235,7 +238,7 @@ def test_every_architecture_goes_through(name: str, model_type: str, sources: di
     weights = sum(
         block.get_parameter(n).numel()
         for block in adapter.blocks(original)
-        for n in adapter.quantized_parameters(block, router=name == "mobie-router")
+        for n in adapter.quantized_parameters(block, router=name != "fp16")
     )
     assert report.ledger.weights == weights
 
@@ -420,7 +423,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("inputs", ["quantized_prefix", "full_precision"])
-@pytest.mark.parametrize("name", ["gptq", "mobie", "mobie-router", "quantmoe"])
+@pytest.mark.parametrize("name", ["gptq", "moequant", "mobie", "mobie-router", "quantmoe"])
 def test_killed_run_goes_on_and_ends_with_the_same_bytes(
     name: str, inputs: Any, sources: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -273,7 +273,8 @@ def test_a_plan_as_json_and_for_people(repository: Layout) -> None:
     assert result.exit_code == 3
     found = json.loads(result.stdout)
     assert not found["fits"] and found["gated"] == [] and len(found["problems"]) == 3
-    assert found["rules"]["quantize"]["jobs"] == 24
+    suite = load_suite("paper", repository)
+    assert found["rules"]["quantize"]["jobs"] == len(suite.methods) * len(suite.models)
     assert found["nearest"][0]["command"].endswith(f"suite=smoke -- {TABLE2}")
     assert found["models"]["olmoe-1b-7b"]["quantize_core_hours"]["mobie"] > 1
     assert found["measured"] == {"cpu": True, "gpu": False}

@@ -395,4 +395,5 @@ def test_configs_build_the_method_their_name_says(path: Path) -> None:
     if not isinstance(method, FP16):
         group = getattr(method, "group_size", None)
         suffix = f"-g{group}" if group and not isinstance(method, AWQ) else ""
+        suffix += "-affinity" if method.token_weighting == "gate" else ""
         assert path.stem == f"{method.name}-w{method.bits}{suffix}"

@@ -71,13 +71,14 @@ def test_memory_changes_no_byte(model_type: str, tmp_path: Path) -> None:
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("name", ["gptq", "mobie", "awq"])
+@pytest.mark.parametrize("name", ["gptq", "moequant", "mobie", "awq"])
 def test_several_devices_change_no_byte(name: str, source: Path, tmp_path: Path) -> None:
-    options = {"mobie": {"iterations": 2}, "gptq": {"bits": 3}, "awq": {"bits": 3, "group_size": 16}}[name]
+    options = {"mobie": {"iterations": 2}, "gptq": {"bits": 3}, "awq": {"bits": 3, "group_size": 16}}
+    options["moequant"] = {"bits": 2}
     for devices in (("cpu",), ("cpu", "cpu")):
         out = tmp_path / str(len(devices))
         resources = Resources(devices, memory=50_000)
-        quantize(source, build_method(name, options), TOKENS, out, fingerprint="job", resources=resources)
+        quantize(source, build_method(name, options[name]), TOKENS, out, fingerprint="job", resources=resources)
     assert weight_files(tmp_path / "1") == weight_files(tmp_path / "2")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -93,19 +93,32 @@ class ExpertRows:
         return torch.where((self.routes[batch] == expert).T)
 
     @torch.no_grad()
-    def output(self, expert: int, weights: Mapping[str, Tensor]) -> Tensor:
+    def output(self, expert: int, weights: Mapping[str, Tensor], most: int | None = None) -> Tensor:
         """What an expert adds to the layer's output, `(rows, hidden)` float32, over the tokens routed to it.
 
-        `weights` `(out, in)` by projection take the place of its own.
+        `weights` `(out, in)` by projection take the place of its own. Of more than `most` tokens, so many are taken,
+        at even distances.
         """
         device = self.module.down_proj.device
         parts = [torch.zeros(0, expert_inputs(self.module)["gate"], device=device)]
-        for batch, scores in enumerate(self.scores):
-            slot, token = self._slots(batch, expert)
+        chosen = [self._slots(batch, expert) for batch in range(len(self.routes))]
+        taken = _evenly(sum(len(token) for _, token in chosen), most).split([len(token) for _, token in chosen])
+        for batch, ((slot, token), here) in enumerate(zip(chosen, taken, strict=True)):
+            slot, token = slot[here], token[here]
             if len(token):
                 x = self.store.get(self._key(batch))[token].to(device)
-                score = scores[token, slot, None].to(device).float()
+                score = self.scores[batch][token, slot, None].to(device).float()
                 parts.append(score * expert_output(self.module, expert, x.float(), weights))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def through(self, function: Callable[[Tensor], Tensor], most: int | None = None) -> Tensor:
+        """What `function` makes of the layer's rows `(rows, hidden)` in float32; of at most `most`, as in `output`."""
+        counts = [len(route) for route in self.routes]
+        parts = []
+        for batch, here in enumerate(_evenly(sum(counts), most).split(counts)):
+            x = self.store.get(self._key(batch))[here].to(self.module.down_proj.device)
+            parts.append(function(x.float()))
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -118,6 +131,15 @@ class ExpertRows:
         """Forget the rows."""
         for batch in range(len(self.routes)):
             self.store.drop(self._key(batch))
+
+
+def _evenly(count: int, most: int | None) -> Tensor:
+    """Which of `count` rows to take, `(count,)` bool: all, or `most` at even distances."""
+    if most is None or count <= most:
+        return torch.ones(count, dtype=torch.bool)
+    taken = torch.zeros(count, dtype=torch.bool)
+    taken[torch.arange(most) * count // most] = True
+    return taken
 
 
 class BlockObserver:

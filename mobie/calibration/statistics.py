@@ -6,7 +6,7 @@ computed from its rows when they are asked for (`lazy`), so that memory does not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -158,10 +158,15 @@ class BlockStatistics(BlockObserver):
         by_name = LazyMap(list(experts), lambda name: shared[_watched(name)])
         return BankStats(experts, by_name, dict.fromkeys(experts, tokens))
 
-    def expert_output(self, expert: int, weights: Mapping[str, Tensor]) -> Tensor:
+    def expert_output(self, expert: int, weights: Mapping[str, Tensor], most: int | None = None) -> Tensor:
         """What an expert adds to the layer's output, its router's score included (`ExpertRows.output`)."""
         assert self._rows is not None  # there are experts
-        return self._rows.output(expert, weights)
+        return self._rows.output(expert, weights, most)
+
+    def layer_output(self, function: Callable[[Tensor], Tensor], most: int | None = None) -> Tensor:
+        """What a function makes of the rows that the experts' layer is given (`ExpertRows.through`)."""
+        assert self._rows is not None  # there are experts
+        return self._rows.through(function, most)
 
     def _cached(self, weighting: TokenWeighting, projection: str, expert: int) -> LinearStats:
         return self._cache.get((weighting, projection, expert), lambda: self._of(weighting, projection, expert))

@@ -37,6 +37,7 @@ FIGURES = (
     "fig11",
     "pareto",
     "diagnostics",
+    "allocation",
     "expert_usage",
 )
 

@@ -1,7 +1,8 @@
 """How all figures look: sizes, colours, markers, holes and intervals. matplotlib is imported only where it draws.
 
-Colours are those of Okabe and Ito (Color Universal Design, 2008), which people with any colour vision tell apart; a
-method has its colour, its marker and its hatch in every figure, so that none of the three is needed alone.
+Colours are those of Okabe and Ito (Color Universal Design, 2008), which people with any colour vision tell apart, and
+darker ones of them where there are more methods; a method has its colour, its marker and its hatch in every figure, so
+that none of the three is needed alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ PLACES = 5  # decimals of a panel's place, in parts of the figure: a hundredth o
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+DARK_ORANGE, DARK_VERMILION, DARK_PURPLE = "#8A5E00", "#8F3E00", "#7A3F63"
+DARK_SKY, DARK_YELLOW = "#1F6A94", "#7D7600"
 GREY, PALE = "#6B6B6B", "#DCDCDC"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, YELLOW, BLACK)
 
@@ -80,8 +83,13 @@ METHODS = {
     "gptq": Style(VERMILION, "v", "..."),
     "awq": Style(PURPLE, "P", "xxx"),
     "rtn": Style(SKY, "X", "---"),
+    "moequant": Style(DARK_VERMILION, ">", "oo"),
+    "nowag": Style(DARK_YELLOW, "*", "**"),
+    "quantmoe": Style(DARK_PURPLE, "p", "||"),
+    "mxmoe": Style(DARK_SKY, "h", "OO"),
+    "pb-llm": Style(DARK_ORANGE, "<", "\\\\//"),
 }
-OTHER = Style(GREY, "h", "++")
+OTHER = Style(GREY, "d", "++")  # of a method without an entry: figures of all methods number them besides
 
 
 def method_style(name: str) -> Style:

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from mobie.errors import ConfigError
 from mobie.methods.base import register
-from mobie.methods.binary_common import BinaryMethod, Fit, Groups, Split, divide, fit_means, sign
+from mobie.methods.binary_common import BinaryMethod
+from mobie.methods.binary_fit import Fit, Groups, divide, fit_means, sign
+from mobie.methods.split_search import Split
 
 
 def nearest_signs(target: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

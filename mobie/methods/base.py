@@ -239,8 +239,8 @@ class Method(ABC):
         """Quantize Linears that share their input (query, key, value; keys are the field's names, `q_proj` …)."""
         return {name: self.quantize_linear(weight, stats[name]) for name, weight in weights.items()}
 
-    def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> dict[str, PackedBank]:
-        """Quantize the experts of a layer, a chunk at a time."""
+    def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> Mapping[str, Packed]:
+        """Quantize the experts of a layer, a chunk at a time: projection → `(experts, out, in)`."""
         packed: dict[str, PackedBank] = {}
         for names in bank.same_input:
             packed |= self.quantize_chunks(bank, stats, names, self.quantize_chunk)

@@ -16,7 +16,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from mobie.methods.base import register
-from mobie.methods.binary_common import BinaryMethod, Fit, Split, fit_means
+from mobie.methods.binary_common import BinaryMethod
+from mobie.methods.binary_fit import Fit, fit_means
+from mobie.methods.split_search import Split
 
 
 @register

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mobie.errors import ConfigError, unknown_name
+from mobie.errors import ConfigError
 from mobie.methods.base import LinearStats, Method, TokenWeighting, register
 from mobie.methods.hessian import damp, inverse_cholesky
 from mobie.packing.base import Packed
@@ -140,9 +140,6 @@ class GPTQ(Method):
             )
         if type(self.percdamp) not in (int, float) or not 0 <= self.percdamp < float("inf"):
             raise ConfigError(f"{self.name}: percdamp is {self.percdamp!r}; expected a number of at least 0 (0.01)")
-        if self.token_weighting not in get_args(TokenWeighting):
-            weighting = unknown_name("token_weighting", self.token_weighting, get_args(TokenWeighting))
-            raise ConfigError(f"{self.name}: {weighting}")
 
     def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
         return self.quantize_group({"": weight}, {"": stats})[""]

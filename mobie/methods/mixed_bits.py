@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mobie.errors import ConfigError
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method, map_experts
+from mobie.methods.fp16 import FP16
 from mobie.methods.gptq import gptq
 from mobie.methods.hessian import damp, inverse_cholesky
 from mobie.packing.bank import PackedBank
@@ -54,7 +55,7 @@ def role_of(name: str) -> str:
 class MixedGPTQ(Method):
     """GPTQ of one block, as `gptq` does it, every width given.
 
-    linears: by the field's name (`q_proj`) or the full one (`self_attn.q_proj`).
+    linears: by the field's name (`q_proj`) or the full one (`self_attn.q_proj`); None is kept in 16 bits.
     experts: projection → one strategy per expert; empty for a block without experts.
     paper: bits per weight that the method's paper prints for the whole model; None: what each width has.
     account: what the widths come to over the whole model, for the record, as JSON values.
@@ -65,7 +66,7 @@ class MixedGPTQ(Method):
 
     name: ClassVar[str] = "mixed-gptq"
 
-    linears: Mapping[str, Strategy] = field(default_factory=dict)
+    linears: Mapping[str, Strategy | None] = field(default_factory=dict)
     experts: Mapping[str, tuple[Strategy, ...]] = field(default_factory=dict)
     block_size: int = 128
     percdamp: float = 0.01
@@ -84,30 +85,34 @@ class MixedGPTQ(Method):
     def options(self) -> dict[str, Any]:
         """Every width, one list per projection: what a record says of the block."""
         return {
-            "linears": {name: asdict(strategy) for name, strategy in self.linears.items()},
+            "linears": {name: strategy and asdict(strategy) for name, strategy in self.linears.items()},
             "experts": {name: columns(strategies) for name, strategies in self.experts.items()},
             "block_size": self.block_size,
             "percdamp": self.percdamp,
             "account": dict(self.account),
         }
 
-    def _of_linear(self, role: str) -> Strategy:
+    def _of_linear(self, role: str) -> Strategy | None:
         """The strategy of a Linear by its field's name."""
-        found = (strategy for name, strategy in self.linears.items() if role_of(name) == role)
-        strategy = next(found, None)
-        if strategy is None:
-            raise ConfigError(f"no bit width for the Linear {role!r}; expected one of: {', '.join(self.linears)}")
-        return strategy
+        for name, strategy in self.linears.items():
+            if role_of(name) == role:
+                return strategy
+        raise ConfigError(f"no bit width for the Linear {role!r}; expected one of: {', '.join(self.linears)}")
 
     def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
         """Quantize the block's only Linear."""
-        (strategy,) = self.linears.values()
-        return self._quantize({"": weight[None]}, [stats], {"": (strategy,)})[0][""]
+        (name,) = self.linears
+        return self.quantize_group({name: weight}, {name: stats})[name]
 
     def quantize_group(self, weights: Mapping[str, Tensor], stats: Mapping[str, LinearStats]) -> dict[str, Packed]:
-        strategies = {name: (self._of_linear(name),) for name in weights}
-        shared = stats[next(iter(weights))]
-        return self._quantize({name: weight[None] for name, weight in weights.items()}, [shared], strategies)[0]
+        strategies = {name: self._of_linear(role_of(name)) for name in weights}
+        kept = [name for name, strategy in strategies.items() if strategy is None]
+        packed: dict[str, Packed] = {name: FP16().quantize_linear(weights[name], stats[name]) for name in kept}
+        chosen = {name: (strategy,) for name, strategy in strategies.items() if strategy is not None}
+        if chosen:
+            shared = stats[next(iter(chosen))]
+            packed |= self._quantize({name: weights[name][None] for name in chosen}, [shared], chosen)[0]
+        return packed
 
     def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> dict[str, PackedBank]:
         packed: dict[str, PackedBank] = {}

@@ -28,14 +28,14 @@ GROUP_OVERHEAD_BITS = 32  # scale and zero point of one group, 16 bits each, as 
 SYMMETRIC_OVERHEAD_BITS = 16  # the scale alone
 
 
-def check_grid_options(method: str, bits: int, group_size: int | None) -> None:
-    """Refuse options that no grid has.
+def check_grid_options(method: str, bits: int, group_size: int | None, option: str = "bits") -> None:
+    """Refuse options that no grid has; `option` is the method's name for the bits.
 
     Raises:
         ConfigError: `bits` is not an integer in 1..8, or `group_size` neither None nor a positive integer.
     """
     if type(bits) is not int or not 1 <= bits <= MAX_BITS:
-        raise ConfigError(f"{method}: bits is {bits!r}; expected an integer from 1 to {MAX_BITS}")
+        raise ConfigError(f"{method}: {option} is {bits!r}; expected an integer from 1 to {MAX_BITS}")
     if group_size is not None and (type(group_size) is not int or group_size < 1):
         raise ConfigError(
             f"{method}: group_size is {group_size!r}; expected a positive number of inputs, or null for the whole row"
@@ -196,11 +196,16 @@ class Grid(Packed):
         return {name: tensor for name, tensor in stored.items() if tensor is not None}
 
     def header(self) -> dict[str, Any]:
-        return {"columns": self.columns, "bits": self.bits, "group_size": self.group_size, "paper": self.paper}
+        header = {"columns": self.columns, "bits": self.bits, "group_size": self.group_size, "paper": self.paper}
+        return header if self.zero is not None else header | {"symmetric": True}
 
     @classmethod
     def from_tensors(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        return cls(**{"zero": None, "column_scale": None, **tensors}, **header)
+        absent: dict[str, Any] = {"column_scale": None}
+        if header.get("symmetric"):  # else a file without zero points is a damaged one
+            absent["zero"] = None
+        layout = {name: value for name, value in header.items() if name != "symmetric"}
+        return cls(**{**absent, **tensors}, **layout)
 
     def paper_bits(self, active_share: float = 1.0) -> float:
         return self.paper

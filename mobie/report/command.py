@@ -35,7 +35,7 @@ def table_command(name: str, suite: str) -> None:
 @click.argument("name")
 @SUITE
 def figure_command(name: str, suite: str) -> None:
-    """Draw a figure of a suite (fig1 … fig11, pareto, diagnostics) from the records that exist.
+    """Draw a figure of a suite (fig1 … fig11, pareto, diagnostics, allocation) from the records that exist.
 
     What is missing is a visible hole with its reason. Needs no model.
 
