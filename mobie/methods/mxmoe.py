@@ -101,9 +101,8 @@ class MxMoE(AllocatingMethod):
         if not 0 < self.budget < float("inf"):
             raise ConfigError(f"{self.name}: budget is {self.budget}; expected a positive number of bits (2.25)")
         if len(set(self.strategies)) != len(self.strategies) or not self.strategies:
-            raise ConfigError(
-                f"{self.name}: strategies are {self.strategies}; expected at least one, none of them twice"
-            )
+            given = ", ".join(map(str, self.strategies)) or "none"
+            raise ConfigError(f"{self.name}: strategies are {given}; expected at least one, and none of them twice")
         for option in ("tokens", "block_size"):
             value = getattr(self, option)
             if value is not None and value < 1:
