@@ -271,7 +271,7 @@ def test_dead_columns_do_not_widen_grids() -> None:
         ({"salient_share": 1.5}, "salient_share is 1.5; expected a number from 0 to 1"),
         ({"salient_share": -0.1}, "salient_share is -0.1"),
         ({"salient_share": float("nan")}, "salient_share"),
-        ({"salient_bits": 9}, "pb-llm: bits is 9; expected an integer from 1 to 8"),
+        ({"salient_bits": 9}, "pb-llm: salient_bits is 9; expected an integer from 1 to 8"),
         ({"group_size": 0}, "group_size is 0"),
         ({"block_size": 0}, "block_size is 0; expected a positive number of columns"),
         ({"percdamp": -1.0}, "percdamp is -1.0; expected a number of at least 0"),

@@ -32,10 +32,11 @@ from mobie.tables.table8 import METRICS as HARD_METRICS
 from mobie.tables.table8 import hard_kind
 from mobie.verdicts import document, judge, to_markdown, verdict_records, write_claims
 from mobie.verdicts.arithmetic import evaluate
+from mobie.verdicts.comparisons import against
 from mobie.verdicts.document import Relation, load_ours
-from mobie.verdicts.judge import MEANING, NOT_CHECKABLE, NOT_RUN, Verdicts, against
 from mobie.verdicts.sampling import RESAMPLES, Sampler, exact, half_width, seed_error
 from mobie.verdicts.sources import PAPER_TEXTS, Drawn, Hole
+from mobie.verdicts.verdict import MEANING, NOT_CHECKABLE, NOT_RUN, Verdicts
 from mobie.verdicts.write import to_csv, to_json
 
 SUITES = ("smoke", "paper")
@@ -379,7 +380,7 @@ def test_without_records_nothing_is_judged(repository: Layout, suite: str) -> No
     assert len(verdicts.claims) == 60
     assert {claim.verdict for claim in verdicts.claims} == {NOT_RUN, NOT_CHECKABLE}
     assert all(claim.reason and not claim.records for claim in verdicts.claims)
-    holes = {"MxMoE": "mxmoe-quality", "speed of fp16": "speed", "learns λ": "lambda-learned"}
+    holes = {"tasks of mobie": "mxmoe-quality", "speed of fp16": "speed", "learns λ": "lambda-learned"}
     for reason, claim in holes.items():
         assert reason in verdicts.claim(claim).reason
         assert verdicts.claim(claim).verdict == NOT_RUN

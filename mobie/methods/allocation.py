@@ -54,7 +54,7 @@ class AllocatingMethod(Method):
         """A method for every surveyed block, its widths fixed; its `options` say which.
 
         Raises:
-            ConfigError: the budget is out of reach.
+            UnsupportedError: the budget is out of this model's reach.
         """
 
     def over(self, view: LayerView) -> Method:

@@ -95,6 +95,9 @@ class PBLLM(Method):
     """
 
     name: ClassVar[str] = "pb-llm"
+    seconds_per_weight: ClassVar[float] = 2.7e-7
+    stored_bits: ClassVar[float] = 2.3
+    stores_signs: ClassVar[bool] = True
 
     salient_share: float = 0.1
     salient_bits: int = 8
@@ -108,7 +111,7 @@ class PBLLM(Method):
     percdamp: float = 0.01
 
     def __post_init__(self) -> None:
-        check_grid_options(self.name, self.salient_bits, self.group_size)
+        check_grid_options(self.name, self.salient_bits, self.group_size, "salient_bits")
         if not 0 <= self.salient_share <= 1:
             raise ConfigError(f"pb-llm: salient_share is {self.salient_share!r}; expected a number from 0 to 1 (0.1)")
         if self.block_size < 1:

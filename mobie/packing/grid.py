@@ -28,14 +28,14 @@ GROUP_OVERHEAD_BITS = 32  # scale and zero point of one group, 16 bits each, as 
 SYMMETRIC_OVERHEAD_BITS = 16  # the scale alone
 
 
-def check_grid_options(method: str, bits: int, group_size: int | None) -> None:
-    """Refuse options that no grid has.
+def check_grid_options(method: str, bits: int, group_size: int | None, option: str = "bits") -> None:
+    """Refuse options that no grid has; `option` is the method's name for the bits.
 
     Raises:
         ConfigError: `bits` is not an integer in 1..8, or `group_size` neither None nor a positive integer.
     """
     if type(bits) is not int or not 1 <= bits <= MAX_BITS:
-        raise ConfigError(f"{method}: bits is {bits!r}; expected an integer from 1 to {MAX_BITS}")
+        raise ConfigError(f"{method}: {option} is {bits!r}; expected an integer from 1 to {MAX_BITS}")
     if group_size is not None and (type(group_size) is not int or group_size < 1):
         raise ConfigError(
             f"{method}: group_size is {group_size!r}; expected a positive number of inputs, or null for the whole row"

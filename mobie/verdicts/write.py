@@ -9,8 +9,8 @@ from pathlib import Path
 from mobie.paths import Layout
 from mobie.storage import write_text
 from mobie.tables.table import csv_text
-from mobie.verdicts.judge import MEANING, NOT_CHECKABLE, NOT_RUN, WORDS, Case, ClaimVerdict, Verdicts
 from mobie.verdicts.sampling import CONFIDENCE, RESAMPLES
+from mobie.verdicts.verdict import MEANING, NOT_CHECKABLE, NOT_RUN, WORDS, Case, ClaimVerdict, Verdicts
 
 COLUMNS = (
     "id",

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzz_cases import Case, cases, damaged
+from fuzz_cases import Case, cases
+from fuzz_damage import damaged
 from tqdm import tqdm
 
 from mobie.check.files import Damaged
