@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from torch import Tensor
 
-from mobie.errors import ConfigError
+from mobie.errors import ConfigError, UnsupportedError
 from mobie.methods.allocation import AllocatingMethod, LayerView
 from mobie.methods.base import ExpertBank, LinearStats, Method, register
 from mobie.methods.gptq import gptq
@@ -84,6 +84,8 @@ class MxMoE(AllocatingMethod):
     """
 
     name: ClassVar[str] = "mxmoe"
+    seconds_per_weight: ClassVar[float] = 2.4e-7
+    stored_bits: ClassVar[float | str] = "budget"
 
     budget: float = 2.25
     strategies: tuple[Strategy, ...] = WEIGHT_ONLY
@@ -216,7 +218,7 @@ class MxMoE(AllocatingMethod):
         if choice is None:
             least = self.budget + float((sum(min(row) for row in sizes) - spare) / weights)
             where = "this model" if self.scope == "model" else f"layer {units[0].block}"
-            raise ConfigError(
+            raise UnsupportedError(
                 f"{self.name}: budget is {self.budget} bits per weight, but {where} costs {least:.4f} with every "
                 "allocated weight at its narrowest strategy; expected at least that: raise the budget, or give "
                 "narrower strategies"
