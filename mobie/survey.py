@@ -6,7 +6,7 @@ A finding is a file as soon as its block is surveyed, so a run that was killed g
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,4 +101,16 @@ def layer_view(block: nn.Module, adapter: Adapter, statistics: BlockStatistics) 
     if bank is None:
         return LayerView(linears, statistics.linear_stats())
     blended, _ = blend_with_pool(statistics.bank_stats())
-    return LayerView(linears, statistics.linear_stats(), bank, blended, statistics.expert_output)
+    shared = {name: weight for name, weight in linears.items() if "shared_expert" in name}
+
+    def shared_output(weights: Mapping[str, Tensor], most: int | None) -> Tensor:
+        return statistics.layer_output(lambda x: adapter.shared_output(block, x, shared | dict(weights)), most)
+
+    return LayerView(
+        linears,
+        statistics.linear_stats(),
+        bank,
+        blended,
+        statistics.expert_output,
+        shared_output if shared else None,
+    )

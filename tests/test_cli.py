@@ -67,7 +67,8 @@ def test_help_explains_every_verb_with_an_example_and_starts_without_torch(tmp_p
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from mobie.cli import main; main()"
     shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    work = "fetch lock mirror train-nano calibrate windows quantize gate generate-code score-code speed try chat"
+    work = "fetch lock mirror train-nano calibrate self-sample windows quantize expert-usage gate generate-code"
+    work += " score-code speed try chat"
     before = "plan doctor"
     targets = "table figure claims report audit sensitivity readme methods schema kernels tune"
     results = "check publish rebuild reliability"

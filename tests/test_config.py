@@ -68,8 +68,8 @@ def test_the_promised_names_exist() -> None:
 def test_rows_of_the_paper_suite_are_those_of_the_paper() -> None:
     suite = load_suite("paper", HERE)
     labels = [load_method(name, HERE).paper.method for name in suite.methods]
-    papers = ["Baseline", "AWQ", "GPTQ", "AWQ", "GPTQ", "MoEQuant", "BiLLM", "ARB-LLM", "MoBiE"]
-    assert labels == [*papers, "QuantMoE-Bench"]  # the last is a row of Table 7
+    papers = ["Baseline", "AWQ", "GPTQ", "AWQ", "GPTQ", "MoEQuant", "NoWag", "BiLLM", "ARB-LLM", "MoBiE"]
+    assert labels == [*papers, "QuantMoE-Bench", "MxMoE"]  # the last two are rows of Table 7
     models = [load_model_config(model, HERE).label for model in suite.models]
     assert models == ["OLMoE", "DeepSeekV2-Lite", "Qwen3-MoE"]
 

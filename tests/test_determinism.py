@@ -29,7 +29,8 @@ from mobie.records import VOLATILE_MEASUREMENTS, stable
 
 #: verb → what it must call, so that a new verb has to be put somewhere
 WITH_TORCH = {
-    *("train-nano", "calibrate", "windows", "quantize", "gate", "generate-code", "speed", "try"),
+    *("train-nano", "calibrate", "self-sample", "windows", "quantize", "expert-usage", "gate", "generate-code"),
+    *("speed", "try"),
     *(name for name in main.commands if name.startswith("score-") and name != "score-code"),
 }
 FROM_RECORDS = {"table", "figure", "sensitivity", "claims", "report", "readme", "publish", "rebuild"}
@@ -115,7 +116,7 @@ def test_a_change_of_the_settings_makes_results_stale() -> None:
         assert hashed  # each can be computed
     for function in (
         *(stale.quantize_code, stale.score_code, stale.gate_code, stale.speed_code, stale.calibrate_code),
-        stale.windows_code,
+        *(stale.windows_code, stale.self_sample_code, stale.usage_code),
     ):
         assert "SETTINGS" in inspect.getsource(function), function.__name__
 

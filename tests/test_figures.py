@@ -157,6 +157,16 @@ def contents(results: Results, method: str, kind: str) -> tuple[list[Measurement
         return cka(matrices), {"matrices": matrices, "samples": "residual", "spread": {}}
     if kind == "speed":
         return speed_records.measurements(method), speed_records.details(method)
+    if kind == "expert_usage":
+        sets = {
+            side: {"uses": [[draw.randrange(500) for _ in range(EXPERTS)] for _ in range(LAYERS)], "tokens": 1000}
+            | {"layers": list(range(LAYERS))}
+            for side in ("own", "ordinary")
+        }
+        names = [f"{layer}{side}.imbalance" for side in sets for layer in ("", *(f"layer{i}." for i in range(LAYERS)))]
+        found = [Measurement(name, draw.uniform(0, 0.5), None, 1000) for name in names]
+        found += [Measurement(f"{side}.perplexity", draw.uniform(2, 60), None, 1000) for side in sets]
+        return found, {**sets, "texts": {"own": "ebss", "ordinary": "wiki-calibration"}}
     raise NotImplementedError(f"a figure asks for records of kind {kind}: add what they hold")
 
 

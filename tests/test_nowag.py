@@ -19,6 +19,7 @@ from mobie.methods.nowag import NoWag, normalize
 from mobie.packing.bank import PackedBank
 from mobie.packing.base import FORMATS
 from mobie.packing.vector import VectorCodes
+from mobie.speed.footprint import bank_bytes
 
 
 def generator(seed: int) -> torch.Generator:
@@ -407,3 +408,6 @@ def test_bits_of_a_matrix_and_of_a_bank() -> None:
     assert bank.ledger(8 / 64).paper_bits == pytest.approx(own + codebook / 8, rel=1e-12)
     assert bank.ledger(8 / 64).stored_bits == pytest.approx(own + codebook / 64, rel=1e-12)
     assert bank.ledger(8 / 64).active_weights == 8 * rows * columns
+    shared, each = bank_bytes(bank, 64)  # what decoding one token reads
+    assert shared == 2 * 4096 * 6 and len(set(each)) == 1
+    assert shared + sum(each) == sum(item.bytes for item in bank.ledger().items)

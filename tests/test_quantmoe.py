@@ -21,7 +21,7 @@ from test_method_contract import assert_same, layer
 from tiny import make_model, random_tokens, save_model
 
 from mobie.config import load_method
-from mobie.errors import ConfigError
+from mobie.errors import ConfigError, UnsupportedError
 from mobie.methods.allocation import LayerView
 from mobie.methods.gptq import GPTQ
 from mobie.methods.quantmoe import QuantMoE, outlier_score
@@ -210,9 +210,9 @@ def test_every_kind_of_linear_has_its_width() -> None:
 
 def test_budget_out_of_reach_is_refused_with_both_ends() -> None:
     surveys = [survey(range(10))]
-    with pytest.raises(ConfigError, match=r"budget is 2\.1 bits .* 2\.1818 .* 4\.0000 .*raise the budget"):
+    with pytest.raises(UnsupportedError, match=r"budget is 2\.1 bits .* 2\.1818 .* 4\.0000 .*raise the budget"):
         QuantMoE(2.1).allocate(surveys)
-    with pytest.raises(ConfigError, match=r"budget is 4\.5 bits .* 4\.0000 .*lower the budget"):
+    with pytest.raises(UnsupportedError, match=r"budget is 4\.5 bits .* 4\.0000 .*lower the budget"):
         QuantMoE(4.5).allocate(surveys)
     assert account(QuantMoE(4.0), surveys)["promoted"] == 30
     floor = replace(QuantMoE(2.0), attention_bits=2)

@@ -525,6 +525,21 @@ def test_a_primary_run_that_fails_leaves_the_others_in_the_record(
     assert {run["runner"] for run in record.details["runs"] if run["status"] == "ok"} >= {"dense", "library-eager"}
 
 
+def test_what_is_not_timed_still_has_its_bytes(
+    repository: Layout, tiny_shape: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UnsupportedError("no module of the model has a kernel")
+
+    options = job.Options(device="cpu")
+    timed = job.speed_job(keys(repository, "mobie-u4"), PROTOCOL, options)
+    monkeypatch.setattr("mobie.speed.runners.ours.BinaryRunner.time", refuse)
+    record = job.speed_job(keys(repository, "mobie-u4"), PROTOCOL, options)
+    assert record.status == "unsupported" and "no module of the model has a kernel" in record.reason
+    for name in ("activated_bytes", "bits_paper", "bits_stored"):
+        assert record.measurement(name).value == timed.measurement(name).value
+
+
 def test_wrong_options_are_refused(repository: Layout) -> None:
     with pytest.raises(ConfigError, match="no published shape of nano-olmoe; expected one of.*--weights stored"):
         job.speed_job(keys(repository, model="nano-olmoe", suite="smoke"), options=job.Options(weights="random"))

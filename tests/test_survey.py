@@ -25,6 +25,12 @@ from mobie.packing.checkpoint import block_path, load_block
 from mobie.pipeline import batches_of, quantize
 from mobie.survey import layer_view
 
+SHARED = {"deepseek", "deepseek_v2", "qwen2_moe", "qwen3_next"}
+
+
+def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
+
 
 class Killed(Exception):
     """Stands for the end of a process."""
@@ -107,8 +113,10 @@ def test_outputs_of_the_experts_add_up_to_the_librarys(model_type: str, tmp_path
             shape = stream.shape(streamed.adapter.linear_groups(block), experts)
             statistics = BlockStatistics(shape, store, Cache(memory))
             expected: list[torch.Tensor] = []
+            layer: list[torch.Tensor] = []
             if experts is not None:
                 experts.register_forward_hook(lambda _, args, out, into=expected: into.append(out))
+                block.mlp.register_forward_hook(lambda _, args, out, into=layer: into.append(_first(out)))
             stream.observe(block, statistics, move=True)
             view = layer_view(block, streamed.adapter, statistics)
             assert view.linears.keys() == view.linear_stats.keys()
@@ -124,3 +132,8 @@ def test_outputs_of_the_experts_add_up_to_the_librarys(model_type: str, tmp_path
                 token = torch.cat([t for _, t in statistics._rows.of("gate", expert)] or [torch.zeros(0).long()])
                 total.index_add_(0, token, output)
             torch.testing.assert_close(total, torch.cat(expected).flatten(0, -2), rtol=1e-4, atol=1e-5)
+            if view.shared_output is not None:
+                total += view.shared_output({}, None)
+                assert len(view.shared_output({}, 5)) == 5
+            torch.testing.assert_close(total, torch.cat(layer).flatten(0, -2), rtol=1e-4, atol=1e-5)
+            assert (view.shared_output is None) == (model_type not in SHARED)

@@ -380,7 +380,7 @@ def test_without_records_nothing_is_judged(repository: Layout, suite: str) -> No
     assert len(verdicts.claims) == 60
     assert {claim.verdict for claim in verdicts.claims} == {NOT_RUN, NOT_CHECKABLE}
     assert all(claim.reason and not claim.records for claim in verdicts.claims)
-    holes = {"MxMoE": "mxmoe-quality", "speed of fp16": "speed", "learns λ": "lambda-learned"}
+    holes = {"tasks of mobie": "mxmoe-quality", "speed of fp16": "speed", "learns λ": "lambda-learned"}
     for reason, claim in holes.items():
         assert reason in verdicts.claim(claim).reason
         assert verdicts.claim(claim).verdict == NOT_RUN

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -109,6 +109,16 @@ class ExpertRows:
                 x = self.store.get(self._key(batch))[token].to(device)
                 score = self.scores[batch][token, slot, None].to(device).float()
                 parts.append(score * expert_output(self.module, expert, x.float(), weights))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def through(self, function: Callable[[Tensor], Tensor], most: int | None = None) -> Tensor:
+        """What `function` makes of the layer's rows `(rows, hidden)` in float32; of at most `most`, as in `output`."""
+        counts = [len(route) for route in self.routes]
+        parts = []
+        for batch, here in enumerate(_evenly(sum(counts), most).split(counts)):
+            x = self.store.get(self._key(batch))[here].to(self.module.down_proj.device)
+            parts.append(function(x.float()))
         return torch.cat(parts)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ computed from its rows when they are asked for (`lazy`), so that memory does not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -162,6 +162,11 @@ class BlockStatistics(BlockObserver):
         """What an expert adds to the layer's output, its router's score included (`ExpertRows.output`)."""
         assert self._rows is not None  # there are experts
         return self._rows.output(expert, weights, most)
+
+    def layer_output(self, function: Callable[[Tensor], Tensor], most: int | None = None) -> Tensor:
+        """What a function makes of the rows that the experts' layer is given (`ExpertRows.through`)."""
+        assert self._rows is not None  # there are experts
+        return self._rows.through(function, most)
 
     def _cached(self, weighting: TokenWeighting, projection: str, expert: int) -> LinearStats:
         return self._cache.get((weighting, projection, expert), lambda: self._of(weighting, projection, expert))

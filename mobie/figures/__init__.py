@@ -38,6 +38,7 @@ FIGURES = (
     "pareto",
     "diagnostics",
     "allocation",
+    "expert_usage",
 )
 
 

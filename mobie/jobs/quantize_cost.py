@@ -45,6 +45,7 @@ BUDGET_MB = parse_memory(DEFAULT_MEMORY) / 2**20  # of kept activations in RAM, 
 READS, GRADIENT_READS = 2, 2  # of the model's files: a survey and the block loop; forward and backward
 FLOAT = 4  # bytes
 GRID_BITS = 32  # a scale and a zero of 16 bits
+UNKNOWN_BITS = 4  # of a method that does not say
 
 
 def needs_gradients(config: MethodConfig) -> bool:
@@ -69,7 +70,7 @@ def stored_bits(config: MethodConfig, size: Size) -> float:
     if not isinstance(bits, str):
         return float(bits)
     group = config.options.get("group_size") or min(size.hidden, size.width)
-    return float(_option(config, bits)) + GRID_BITS / group
+    return float(_option(config, bits) or UNKNOWN_BITS) + GRID_BITS / group
 
 
 def checkpoint_bytes(config: MethodConfig, size: Size) -> float:

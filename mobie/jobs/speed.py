@@ -226,7 +226,7 @@ def _measure(
         details["quality"] = _quality(keys, protocol, windows_protocol, inputs)
     main = next(run for run in runs if run["runner"] == PRIMARY[kind])  # the first one is at the paper's setting
     details["primary"] = {key: main[key] for key in ("runner", "batch", "router", "status", "reason")}
-    measurements = _measurements(main) if main["status"] == "ok" else []
+    measurements = _measurements(main) if main["status"] == "ok" else [_activated(subject, kind, main["batch"])]
     return Scores([*measurements, *_bits(subject.account(kind))], details)
 
 
@@ -248,6 +248,11 @@ def _measurements(run: Mapping[str, Any]) -> list[Measurement]:
     steps = run["step_seconds"]["n"]
     found += [Measurement(name, float(run[name]), None, steps) for name in PLAIN if run[name] is not None]
     return [m for m in found if math.isfinite(m.value)]
+
+
+def _activated(subject: Subject, kind: Literal["dense", "packed"], batch: int) -> Measurement:
+    """Bytes of the weights that a step uses, of a model that could not be timed: a format without a kernel has a size."""
+    return Measurement("activated_bytes", subject.activated(kind, batch).bytes, None, 1)
 
 
 def _bits(account: Any) -> Sequence[Measurement]:

@@ -15,6 +15,8 @@ from mobie.packing.base import Packed
 #: what an expert adds to its layer's output, with weights `(out, in)` by projection in place of its own, for so many
 #: of its calibration tokens at most (None: all)
 ExpertOutput = Callable[[int, Mapping[str, Tensor], int | None], Tensor]
+#: the same of the shared expert, by its Linears' names in the block
+SharedOutput = Callable[[Mapping[str, Tensor], int | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class LayerView:
     bank_stats:    theirs; `tokens` tells how often each expert is chosen.
     expert_output: `(expert, weights, most)` → the expert's output for its calibration tokens times the router's score,
                    `(tokens, hidden)` float32; a projection that `weights` leaves out stays as it is.
+    shared_output: `(weights, most)` → the same of the shared expert, for all tokens, times its gate's score; None
+                   where there is none.
     """
 
     linears: Mapping[str, Tensor] = field(default_factory=dict)
@@ -34,6 +38,7 @@ class LayerView:
     bank: ExpertBank | None = None
     bank_stats: BankStats | None = None
     expert_output: ExpertOutput | None = None
+    shared_output: SharedOutput | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class AllocatingMethod(Method):
         """A method for every surveyed block, its widths fixed; its `options` say which.
 
         Raises:
-            ConfigError: the budget is out of reach.
+            UnsupportedError: the budget is out of this model's reach.
         """
 
     def over(self, view: LayerView) -> Method:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 HALVINGS = 100  # of the interval of prices: to the last bit of a float64
 NODES = 100_000  # of the solver's search tree, at most
-CORE = 200  # options that are tried first, beyond the cheapest of every unit
+CORE = (200, 2000)  # options that are tried first, beyond the cheapest of every unit
 
 Costs = NDArray[np.float64]
 Sizes = NDArray[np.int64]
@@ -65,12 +65,14 @@ def choose(costs: Costs, sizes: Sizes, capacity: int, nodes: int = NODES) -> Cho
     reduced = priced - least[:, None]
     slack = 1e-9 * abs(bound)  # of sums in float64
     tried = slack
-    for width in (_smallest(reduced, len(costs) + CORE), np.inf):
+    for width in (*(_smallest(reduced, len(costs) + count) for count in CORE), np.inf):
         gap = _total(costs, best) - bound
         if gap <= tried:
             break  # whatever a better choice could use was tried
         tried = min(width, gap) + slack
-        best = _improve(costs / gap, sizes, reduced <= tried, capacity, best, nodes)
+        best, finished = _improve(costs / gap, sizes, reduced <= tried, capacity, best, nodes)
+        if not finished:
+            break  # a larger search would not either
     cost = _total(costs, best)
     return Choice(tuple(best.tolist()), cost, int(_total(sizes, best)), min(bound, cost), price)
 
@@ -120,29 +122,24 @@ def _smallest(values: Costs, count: int) -> float:
 
 
 def _improve(
-    costs: Costs,
-    sizes: Sizes,
-    core: NDArray[np.bool_],
-    capacity: int,
-    best: NDArray[np.int64],
-    nodes: int,
-) -> NDArray[np.int64]:
-    """The best choice of options in the core, or `best` where the search found none that is cheaper."""
+    costs: Costs, sizes: Sizes, core: NDArray[np.bool_], capacity: int, best: NDArray[np.int64], nodes: int
+) -> tuple[NDArray[np.int64], bool]:
+    """The best choice of options in the core, or `best` where none is cheaper; whether the search came to its end."""
     free = np.flatnonzero(core.sum(axis=1) > 1)
-    found = np.where(core.any(axis=1), core.argmax(axis=1), best)
+    found = core.argmax(axis=1)  # of the units that are not free, the only option
     fixed = int(_total(sizes, found)) - int(_total(sizes[free], found[free]))
-    solved = _solve(costs[free], sizes[free], core[free], capacity - fixed, nodes)
+    solved, finished = _solve(costs[free], sizes[free], core[free], capacity - fixed, nodes)
     if solved is not None:
         found[free] = solved
         if _total(sizes, found) <= capacity and _total(costs, found) < _total(costs, best):
-            return found
-    return best
+            return found, finished
+    return best, finished
 
 
 def _solve(
     costs: Costs, sizes: Sizes, allowed: NDArray[np.bool_], capacity: int, nodes: int
-) -> NDArray[np.int64] | None:
-    """The options of an integer program over the allowed ones, or None where the search found none in time."""
+) -> tuple[NDArray[np.int64] | None, bool]:
+    """The options of an integer program over the allowed ones, if any were found, and whether they are its optimum."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
@@ -159,7 +156,7 @@ def _solve(
         options={"mip_rel_gap": 0, "node_limit": nodes},
     )
     if result.x is None:
-        return None
+        return None, False
     taken = np.zeros(allowed.shape)
     taken[unit, option] = result.x
-    return taken.argmax(axis=1)
+    return taken.argmax(axis=1), result.status == 0

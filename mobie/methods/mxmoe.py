@@ -44,6 +44,7 @@ WEIGHT_ONLY = (
     Strategy(8, None),
 )
 ALIKE = ("gate_proj", "up_proj")  # of one MLP: one strategy for both
+SHARED, ATTENTION = "shared_expert", "attn"  # in the names of Linears; what has neither is a dense layer's MLP
 DIGITS = 6  # of a sensitivity: what differs by less is a tie
 
 #: of Linears that are no routed experts: a share of the budget by their sensitivity, 16 bits, or a fixed strategy
@@ -115,7 +116,7 @@ class MxMoE(AllocatingMethod):
         for name, weight in view.linears.items():
             linears[name] = {"shape": list(weight.shape)}
             if self._placement(name) == "allocated":
-                linears[name]["sensitivity"] = self._of_linear(weight, view.linear_stats[name])
+                linears[name]["sensitivity"] = self._of_linear(name, view)
         found: dict[str, Any] = {"strategies": [asdict(s) for s in self.strategies], "linears": linears}
         if view.bank is None or view.bank_stats is None:
             return found
@@ -149,9 +150,17 @@ class MxMoE(AllocatingMethod):
                     found[name].append([_digits(scale * change.norm()) for change in changes])
         return found
 
-    def _of_linear(self, weight: Tensor, stats: LinearStats) -> list[float]:
-        """‖X (W' - W)ᵀ‖ by strategy, the change of the Linear's own output, from the Hessian `2/n · XᵀX`."""
-        ((_, rounded),) = self._rounded({"": weight}, stats)
+    def _of_linear(self, name: str, view: LayerView) -> list[float]:
+        """By strategy, the change of the layer's output for a shared expert, else of the Linear's own.
+
+        That is ‖X (W' - W)ᵀ‖, from the Hessian `2/n · XᵀX`.
+        """
+        weight, stats = view.linears[name], view.linear_stats[name]
+        ((_, rounded),) = self._rounded({name: weight}, stats)
+        if view.shared_output is not None and SHARED in name:
+            original = view.shared_output({}, self.tokens)
+            scale = (stats.tokens / max(1, len(original))) ** 0.5
+            return [_digits(scale * (view.shared_output({name: w}, self.tokens) - original).norm()) for w in rounded]
         differences = (w - weight for w in rounded)
         squares = (((d @ stats.hessian) * d).sum().clamp(min=0) * stats.tokens / 2 for d in differences)
         return [_digits(square.sqrt()) for square in squares]
@@ -246,9 +255,9 @@ class MxMoE(AllocatingMethod):
 
     def _placement(self, name: str) -> Placement:
         """Of a Linear by its name in the block."""
-        if "shared_expert" in name:
+        if SHARED in name:
             return self.shared_experts
-        return self.attention if "attn" in name else self.dense_layers
+        return self.attention if ATTENTION in name else self.dense_layers
 
     def _account(
         self,

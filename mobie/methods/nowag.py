@@ -126,8 +126,8 @@ class NoWag(Method):
 
     def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
         parts = self._cut(weight, stats.hessian.diagonal())
-        codes, codebook = self._quantize(lambda function: [function(0, parts)], 1)
-        return _pack(codes[0], codebook, parts.column, parts.row)
+        [(codes, column, row)], codebook = self._quantize(lambda function: [function(0, parts)], 1)
+        return _pack(codes, codebook, column, row)
 
     def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> Mapping[str, Packed]:
         if self.codebook == "matrix":
@@ -149,22 +149,16 @@ class NoWag(Method):
     def _quantize_shared(self, bank: ExpertBank, name: str, mean_squares: Sequence[Tensor]) -> Packed:
         """Quantize a projection of all experts on one codebook; experts are cut anew whenever they are needed."""
         weights = bank.projections[name]
-        norms: dict[int, tuple[Tensor, Tensor]] = {}
 
         def each(function: Callable[[int, Vectors], T]) -> list[T]:
             def chunk(experts: range, device: torch.device) -> list[T]:
-                found = []
-                for expert in experts:
-                    parts = self._cut(weights[expert].to(device), mean_squares[expert].to(device))
-                    norms[expert] = parts.column.cpu(), parts.row.cpu()
-                    found.append(function(expert, parts))
-                return found
+                return [function(e, self._cut(weights[e].to(device), mean_squares[e].to(device))) for e in experts]
 
             return map_experts(bank, self.expert_bytes([weights.shape[1:]]), chunk)
 
-        codes, codebook = self._quantize(each, len(weights))
-        column, row = (torch.stack([norms[expert][side] for expert in range(len(weights))]) for side in (0, 1))
-        return _pack(torch.stack(codes), codebook, column, row)
+        found, codebook = self._quantize(each, len(weights))
+        codes, column, row = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return _pack(codes, codebook, column, row)
 
     def _cut(self, weight: Tensor, mean_square: Tensor) -> Vectors:
         """Normalize a matrix `(out, in)` and cut it; `mean_square` `(in,)` of its inputs, up to a factor."""
@@ -176,8 +170,8 @@ class NoWag(Method):
         values, weights = (split_groups(part, self.dimension).flatten(0, 1) for part in (normalized, weights))
         return Vectors(values, weights, column, row)
 
-    def _quantize(self, each: Each, count: int) -> tuple[list[Tensor], Tensor]:
-        """Codes `(out, runs)` int32 on the CPU of all matrices, and their codebook, holding float16 values.
+    def _quantize(self, each: Each, count: int) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+        """Codes `(out, runs)` and norms of all matrices, on the CPU, and their codebook, holding float16 values.
 
         Args:
             each: calls a function of the number and the vectors of a matrix for every matrix, and lists the results.
@@ -193,13 +187,13 @@ class NoWag(Method):
             found = each(lambda _, own: totals(own.values, own.weights, codebook.to(own.values.device)))
             return sum(error for error, _ in found), torch.stack([s.to(codebook.device) for _, s in found]).sum(dim=0)
 
-        def encode(_: int, parts: Vectors) -> Tensor:
+        def encode(_: int, parts: Vectors) -> tuple[Tensor, Tensor, Tensor]:
             codes = nearest(parts.values, parts.weights, codebook.to(parts.values.device))
-            return codes.view(len(parts.row), -1).to("cpu", torch.int32)
+            return codes.view(len(parts.row), -1).to("cpu", torch.int32), parts.column.cpu(), parts.row.cpu()
 
         codebook = self._start(*zip(*each(sample), strict=True))
         codebook = to_half(kmeans(find, codebook, self.iterations, self.tolerance)).float()
-        return each(encode), codebook
+        return each(encode), codebook.cpu()
 
     def _start(self, values: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """A codebook `(at most centroids, d)` from samples alone; all their vectors where there are no more of them."""

@@ -95,6 +95,9 @@ class PBLLM(Method):
     """
 
     name: ClassVar[str] = "pb-llm"
+    seconds_per_weight: ClassVar[float] = 2.7e-7
+    stored_bits: ClassVar[float] = 2.3
+    stores_signs: ClassVar[bool] = True
 
     salient_share: float = 0.1
     salient_bits: int = 8

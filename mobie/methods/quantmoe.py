@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mobie.calibration.tokens import generator
-from mobie.errors import ConfigError
+from mobie.errors import ConfigError, UnsupportedError
 from mobie.methods.allocation import AllocatingMethod, LayerView
 from mobie.methods.base import Method, register
 from mobie.methods.mixed_bits import MixedGPTQ, Strategy
@@ -137,7 +137,7 @@ class QuantMoE(AllocatingMethod):
         """Widths of all blocks.
 
         Raises:
-            ConfigError: the budget is below what the model costs with nothing promoted, or above that with all.
+            UnsupportedError: the budget is below what the model costs with nothing promoted, or above that with all.
         """
         units = self.order([unit for block, found in enumerate(surveys) for unit in self._units(block, found)])
         step = self._cost(self.promoted_bits) - self._cost(self.expert_bits)
@@ -218,7 +218,7 @@ class QuantMoE(AllocatingMethod):
                 if wanted < floor
                 else "lower the budget, or raise promoted_bits"
             )
-            raise ConfigError(
+            raise UnsupportedError(
                 f"{self.name}: budget is {self.budget} bits per weight, but this model costs {least:.4f} with nothing "
                 f"promoted and {most:.4f} with every expert at {self.promoted_bits} bits; expected a budget between "
                 f"the two: {remedy}"

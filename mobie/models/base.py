@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mobie.errors import DataError, UnsupportedError, unknown_name
 from mobie.methods.base import ExpertBank
@@ -70,6 +71,21 @@ class Adapter:
             return None
         linears = {linear for group in self.linear_groups(block) for linear in group if linear.startswith(f"{name}.")}
         return SharedExpert(module, gate_module, frozenset(linears))
+
+    def shared_output(self, block: nn.Module, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What the shared expert adds to a layer's output, in float32, its gate's score included.
+
+        Args:
+            x: the layer's rows `(rows, hidden)` float32.
+            weights: by the names of its Linears in the block, one at least, in place of its own.
+        """
+        name = next(iter(weights)).rpartition(".")[0]
+        module = block.get_submodule(name)
+        own = {key: value.detach().float() for key, value in module.named_parameters()}
+        replaced = {f"{key.removeprefix(f'{name}.')}.weight": weight for key, weight in weights.items()}
+        output = functional_call(module, own | replaced, (x,))
+        gated = self.shared_expert(block)
+        return output if gated is None else torch.sigmoid(x @ gated.gate.weight.detach().float().T) * output
 
     def router(self, block: nn.Module) -> nn.Module | None:
         """The router of a block, with `weight (experts, hidden)` and `top_k`, or None in a dense block."""

@@ -40,7 +40,8 @@ def speed_command(
 
     Beside it, in the same process: the same model in 16 bits with the library's experts implementations and with our
     runner, and other projects' runners where they are installed. Models of published shape get random weights and need
-    a GPU. A run with other numbers than the protocol's is shown, and stored only where --out says.
+    a GPU. A method whose format no kernel reads is not timed: the record says so, with its bits and bytes. A run with
+    other numbers than the protocol's is shown, and stored only where --out says.
 
     \b
     python -m mobie speed --method mobie

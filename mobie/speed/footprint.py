@@ -23,6 +23,7 @@ from mobie.models.base import Adapter
 from mobie.packing.bank import PackedBank
 from mobie.packing.base import BitLedger, Packed
 from mobie.packing.checkpoint import PackedBlock
+from mobie.packing.vector import VectorCodes
 
 INT8_HEAD_SCALE_BYTES = 2  # one float16 scale for each row of an int8 head
 EMBEDDING_BITS = 16  # of embeddings and head in the paper's definition
@@ -79,7 +80,13 @@ def packed_bytes(packed: Packed) -> int:
 
 
 def bank_bytes(bank: Packed, experts: int) -> tuple[int, list[int]]:
-    """Bytes that every step reads (shared basis), and of each expert; a bank that joins gate and up has two of each."""
+    """Bytes that every step reads (shared basis or codebook), and of each expert.
+
+    A bank that joins gate and up has two matrices of each.
+    """
+    if isinstance(bank, VectorCodes):
+        shared = nbytes(bank.codebook)
+        return shared, [(packed_bytes(bank) - shared) // experts] * experts
     if not isinstance(bank, PackedBank):
         share = packed_bytes(bank) // experts
         return 0, [share] * experts

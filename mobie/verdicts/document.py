@@ -158,7 +158,6 @@ class Ours(Strict):
 class Document(Strict):
     """The whole of `ours.yaml`."""
 
-    absent: dict[str, str] = Field(default={}, description="a method of the paper that no suite has → why")
     claims: dict[str, Ours]
 
 

@@ -54,7 +54,7 @@ def _audited(folder: Path) -> Report:
 def _cases(results: Results) -> dict[str, tuple[Case, ...]]:
     """All comparisons of every statement."""
     ours = load_ours()
-    reader = Reader(results, Sampler(), document.paper_document(document.FILE.parent).columns, ours.absent)
+    reader = Reader(results, Sampler(), document.paper_document(document.FILE.parent).columns)
     return {
         name: tuple(case for check in entry.checks for case in run_check(reader, check, tests_of(reader, entry)))
         for name, entry in ours.claims.items()

@@ -30,7 +30,7 @@ from mobie.verdicts.sampling import Draws, Sampler, exact, half_width, seed_erro
 
 PAPER_TEXTS = ("wikitext2", "c4", "ptb")
 #: methods that are run with every calibration seed, by the registered name of their family
-SEEDED = {"billm": "billm", "arb": "arb-llm", "mobie": "mobie"}
+SEEDED = {"billm": "billm", "arb": "arb-llm", "mobie": "mobie", "mxmoe": "mxmoe-2.25"}
 REFERENCE = "fp16"
 EXACT = "exact"
 
@@ -97,14 +97,12 @@ class Reader:
     """Reads values of a suite.
 
     columns: what the paper's columns mean: which tasks an average is of.
-    absent:  methods of the paper that no suite has → why.
     used:    paths of the records behind the values read since it was last emptied, in order.
     """
 
     results: Results
     sampler: Sampler
     columns: dict[str, Column]
-    absent: dict[str, str]
     used: dict[str, None] = field(default_factory=dict)
 
     # --- which run --------------------------------------------------------------------------------------------------
@@ -117,8 +115,8 @@ class Reader:
     def read(self, value: Value, model: Model, context: Context) -> Found:
         """A value for a model."""
         if value.method is not None:
-            reason = self._no_method(value.method)
-            return Hole("absent", reason) if reason else self._of_method(value, model, value.method, context)
+            self._check_method(value.method)
+            return self._of_method(value, model, value.method, context)
         runs = self._sizes(model) if value.sizes else self._sweep(value, model)
         if not runs:
             return Hole("absent", "the suite's sweep does not have this λ, or no other")
@@ -129,14 +127,10 @@ class Reader:
     def _configs(self) -> list[str]:
         return config_names("methods", self.results.layout)
 
-    def _no_method(self, name: str) -> str | None:
-        """Why the suite has no such method; None where it has."""
-        if name in self.absent:
-            return f"{name}: {self.absent[name]}"
-        known = self._configs
-        if name.split(SPEC_MARK)[0] not in known:
-            raise ConfigError(unknown_name("method", name, [*known, *self.absent]))
-        return None
+    def _check_method(self, name: str) -> None:
+        """Raises `ConfigError` where there is no such method config."""
+        if name.split(SPEC_MARK)[0] not in self._configs:
+            raise ConfigError(unknown_name("method", name, self._configs))
 
     def _sizes(self, model: Model) -> list[Run]:
         """Every size and seed of Figure 8; the seeds are in the list, so that none is drawn."""
