@@ -141,9 +141,9 @@ def view_of(block: Block) -> LayerView:
     gate = block.stats.experts["gate"]
     assert isinstance(gate, Rows)
 
-    def output(expert: int, weights: Mapping[str, Tensor]) -> Tensor:
+    def output(expert: int, weights: Mapping[str, Tensor], most: int | None) -> Tensor:
         own = {name: weights.get(name, bank[expert]) for name, bank in block.bank.projections.items()}
-        entering = gate.inputs[expert]
+        entering = gate.inputs[expert][:most]
         return middle(entering, own["gate"], own["up"]).to(own["down"].device) @ own["down"].T
 
     linears = {f"self_attn.{role}": weight for group in block.attention for role, weight in group.items()}

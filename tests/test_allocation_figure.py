@@ -35,7 +35,10 @@ def write(layout: Layout, blocks: list[dict[str, Any]], **how: Any) -> None:
 def block(index: int, tokens: list[int], **bits: list[int]) -> dict[str, Any]:
     experts = {name: {"bits": own, "group_size": [128] * len(own)} for name, own in bits.items()}
     account = {"budget": 2.5, "reached": 2.4567}
-    own = {"allocation": {"linears": {}, "experts": experts, "account": account}, "survey": {"tokens": tokens}}
+    own = {
+        "allocation": {"linears": {}, "experts": experts, "account": account},
+        "survey": {"experts": {"tokens": tokens}},
+    }
     return {"block": index, "tokens_per_expert": [1] * len(tokens)} | own
 
 

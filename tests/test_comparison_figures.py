@@ -15,7 +15,7 @@ from mobie.figures.diagnostics import chosen_layers
 from mobie.figures.fig8 import size_method
 from mobie.figures.fig10 import per_cent
 from mobie.figures.figure import FigureData
-from mobie.figures.pareto import PANELS, pareto_front
+from mobie.figures.pareto import PANELS, _Edge, pareto_front
 from mobie.paths import Layout, paper_table
 from mobie.records import Measurement, Record, read_record, write_record
 from mobie.results import Cell, Model, Results
@@ -309,6 +309,16 @@ def test_pareto_rows(repository: Layout) -> None:
     assert [row["front"] for row in perplexity.values()] == [
         i in pareto_front(values, "lower") for i in range(len(values))
     ]
+
+
+def test_what_is_far_beyond_the_rest_stands_at_the_edge_with_its_value() -> None:
+    rows = [{"x": x, "y": y} for x, y in ((2.0, 50.0), (2.0, 60.0), (3.0, 50.0), (26.0, 55.0), (2.5, 900.0))]
+    edge = _Edge.of(rows, "lower")
+    assert (edge.x, edge.y) == (5.0, 110.0)  # twice the medians
+    assert [edge.place(row) for row in rows[2:]] == [(3.0, 50.0), (5.0, 55.0), (2.5, 110.0)]
+    assert [edge.beyond(row) for row in rows[2:]] == ["", " (→ 26 bits)", " (↑ 900)"]
+    assert _Edge.of(rows, "higher").y == 900.0
+    assert _Edge.of(rows[:3], "lower") == _Edge(3.0, 60.0)
 
 
 def test_without_its_bits_a_method_has_no_place(repository: Layout) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,9 @@ def test_every_method_config_builds_its_method(name: str) -> None:
     config = load_method(name, HERE)
     method = config.build()
     assert method.name == config.method
+    options = json.loads(json.dumps(method.options))
     for option, value in config.options.items():
-        assert getattr(method, option) == value
+        assert options[option] == value
 
 
 def test_the_promised_names_exist() -> None:

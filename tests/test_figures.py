@@ -108,7 +108,7 @@ def allocation(draw: random.Random) -> dict[str, Any]:
     """What the record of a method that shares out bits says of a block besides."""
     bits = {name: {"bits": [draw.choice([2, 4]) for _ in range(EXPERTS)]} for name in ("gate", "up", "down")}
     account = {"budget": 2.3, "reached": 2.29}
-    survey = {"tokens": [draw.randrange(50, 500) for _ in range(EXPERTS)]}
+    survey = {"experts": {"tokens": [draw.randrange(50, 500) for _ in range(EXPERTS)]}}
     return {"allocation": {"experts": bits, "account": account}, "survey": survey}
 
 

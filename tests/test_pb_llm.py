@@ -144,6 +144,7 @@ def test_whole_rows_as_in_the_released_code() -> None:
     released, printed = rows.fit_scales(weight, salient), own.fit_scales(weight, salient)
     assert (released.mean.item(), released.row_scale.item()) == (2, 1.5)
     assert released.scale.item() == pytest.approx(12 / 255, rel=1e-3)
+    assert PBLLM(0.25, fit_on="rows", mean=False).fit_scales(weight, salient).row_scale.item() == 2
     mean = torch.tensor(8 / 3).half().item()
     assert printed.mean.item() == mean
     assert printed.row_scale.item() == pytest.approx((mean - 1 + 3 - mean + 4 - mean) / 3, rel=1e-3)
@@ -314,7 +315,7 @@ def test_gaps_by_hand() -> None:
     assert (codes.tolist(), width) == ([0] + [255] * 7 + [213], 8)
 
 
-@pytest.mark.parametrize(("share", "bits"), [(0.05, 0.32), (0.1, 0.51), (0.5, 1.0)])
+@pytest.mark.parametrize(("share", "bits"), [(0.05, 0.32), (0.1, 0.51), (0.35, 0.97), (0.4, 1.0)])
 def test_bits_of_the_gaps_are_as_documented(share: float, bits: float) -> None:
     codes, width = encode_gaps(torch.rand(1 << 20, generator=generator(0)) < share)
     assert bits - 0.02 < width * len(codes) / (1 << 20) <= bits

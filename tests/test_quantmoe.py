@@ -38,9 +38,11 @@ def survey(tokens: Sequence[int], outliers: Mapping[str, Sequence[float]] | None
     experts = len(tokens)
     return {
         "linears": {"self_attn.q_proj": [1, 3 * SIZE * experts // 10]},
-        "experts": {name: [experts, 8, 16] for name in NAMES},
-        "tokens": list(tokens),
-        "outliers": dict(outliers or {name: [1.0] * experts for name in NAMES}),
+        "experts": {
+            "shapes": {name: [experts, 8, 16] for name in NAMES},
+            "tokens": list(tokens),
+            "outliers": dict(outliers or {name: [1.0] * experts for name in NAMES}),
+        },
     }
 
 

@@ -68,7 +68,9 @@ def test_a_suite_resolves_whole_without_torch(repository: Layout, no_torch: Path
     for kind in (*stale.SCORERS, "code"):
         assert jobs[f"score_{kind}"] == sum(path.name == f"{kind}.json" for path in wanted), kind
     assert jobs["generate_code"] == jobs["score_code"]
-    runs = {path.parent for path in wanted}
+    usage = {path for path in wanted if path.name == "expert_usage.json"}  # of tokens: no method is run
+    assert jobs["expert_usage"] == jobs["self_sample"] == len(usage)
+    runs = {path.parent for path in wanted - usage}
     references = {path.parents[2] / REFERENCE / path.parent.name for path in wanted if path.name == "routing.json"}
     assert jobs["quantize"] == len(runs | references)
 

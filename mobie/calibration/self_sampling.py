@@ -125,7 +125,7 @@ class Search:
             `(B·w,)`, the row that every new beam comes from.
         """
         batch, width = self.likelihood.shape
-        log_p = logits.float().masked_fill(self._banned, DEAD).log_softmax(dim=-1)
+        log_p = logits.float().log_softmax(dim=-1).masked_fill(self._banned, DEAD)
         best, token = log_p.topk(min(width, log_p.shape[-1]), dim=-1)  # (B·w, candidates)
         total = (self.likelihood.flatten()[:, None] + best.double()).view(batch, -1)  # R of S‖v, (B, w · candidates)
         total[(self.written < self._lengths)[:, None] & (torch.arange(total.shape[1], device=total.device) > 0)] = DEAD

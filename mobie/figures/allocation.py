@@ -57,7 +57,7 @@ def _block(block: Mapping[str, Any], keys: Mapping[str, Any]) -> Iterator[dict[s
     if not experts:
         return
     account = block["allocation"].get("account", {})
-    tokens = block["survey"].get("tokens") or block["tokens_per_expert"]
+    tokens = block["survey"]["experts"]["tokens"]
     order = sorted(range(len(tokens)), key=lambda expert: (-tokens[expert], expert))
     for rank, expert in enumerate(order, 1):
         own = [chosen["bits"][expert] for chosen in experts.values()]

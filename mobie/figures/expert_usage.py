@@ -25,7 +25,7 @@ def collect(results: Results) -> FigureData:
     return FigureData(
         NAME,
         results.suite_name,
-        "use of the experts by calibration text that the model wrote itself, and by ordinary text",
+        "Use of the experts by calibration text that the model wrote itself, and by ordinary text",
         "Left: imbalance σ of each layer with experts: the standard deviation, over its experts, of the share of "
         "tokens that use one (eqs. 3 and 4 of arXiv 2505.03804); 0 is perfect balance. Right: those shares in the "
         "middle layer, each text's experts in its own descending order; dashed: perfect balance. Both sets are read "

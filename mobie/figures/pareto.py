@@ -27,7 +27,7 @@ PANELS: dict[str, tuple[str, Better]] = {
 BACKBONES = {"fig10": "billm", "fig11": "arb-llm"}
 REFERENCE = "fp16"
 NUMBER_SIZE = SMALL
-BEYOND = 2.0  # a perplexity of more than so many medians stands at the edge with its value written
+BEYOND = 2.0  # a perplexity, or bits, of more than so many medians stand at the edge with their value written
 #: directions in which a number may stand from its point, the first that is free is taken: right, left, up, down, …
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
 
@@ -46,7 +46,7 @@ def collect(results: Results) -> FigureData:
         "bits stored per quantized weight: every byte of codes, scales, means, maps and indices. The step line joins "
         "the methods that no other beats in both; it does not weigh the intervals. A faint line leads to the bits that "
         "the method's own paper counts (small stroke). Dashed and shaded: full precision. Numbers name the methods; a "
-        f"hollow marker is not above chance. A perplexity beyond {BEYOND:g} medians stands at the edge with its value. "
+        f"hollow marker is not above chance. Values beyond {BEYOND:g} medians stand at the edge, written out. "
         f"{INTERVAL}",
         tuple(rows),
         facts(results, models),
@@ -179,24 +179,49 @@ def _draw_panel(axes: Axes, rows: Sequence[Any], better: Better) -> bool:
         style.hole(axes, style.reason(rows[0]) if rows else "nothing is scored")
         return False
     points = [row for row in known if row["config"] != REFERENCE]
-    limit = _limit(points or known, better)
-    _scale_bits(axes, points or known)
-    _draw_front(axes, known, limit)
+    edge = _Edge.of(points or known, better)
+    _scale_bits(axes, points or known, edge)
+    _draw_front(axes, known, edge)
     for row in known:
         if row not in points:
             _draw_reference(axes, row)
             continue
-        how, y = style.method_style(row["config"]), min(row["y"], limit)
+        how, (x, y) = style.method_style(row["config"]), edge.place(row)
         if row["bits_paper"] is not None:
             faint = {"color": how.color, "alpha": 0.35, "zorder": 1.1}
-            axes.plot([row["bits_paper"], row["x"]], [y, y], linewidth=0.7, **faint)
+            axes.plot([row["bits_paper"], x], [y, y], linewidth=0.7, **faint)
             axes.plot(row["bits_paper"], y, "|", markersize=5, **faint)
         if y == row["y"]:
-            style.interval(axes, row["x"], y, row["stderr"], color=how.color)
+            style.interval(axes, x, y, row["stderr"], color=how.color)
         fill = "white" if row["at_chance"] else how.color
-        axes.plot(row["x"], y, how.marker, color=how.color, markerfacecolor=fill, markersize=4, zorder=3)
+        axes.plot(x, y, how.marker, color=how.color, markerfacecolor=fill, markersize=4, zorder=3)
     axes.margins(y=0.1)
     return True
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """Where a panel ends: a destroyed model, or a method that stores far more than others, would flatten the rest."""
+
+    x: float
+    y: float
+
+    @classmethod
+    def of(cls, rows: Sequence[Any], better: Better) -> _Edge:
+        """The largest values, or those of `BEYOND` medians where some are larger; accuracies all have a place."""
+        bits, values = ([row[key] for row in rows] for key in ("x", "y"))
+        top = max(values) if better == "higher" else min(max(values), BEYOND * statistics.median(values))
+        return cls(min(max(bits), BEYOND * statistics.median(bits)), top)
+
+    def place(self, row: Any) -> tuple[float, float]:
+        """Where a row's point is drawn."""
+        return min(row["x"], self.x), min(row["y"], self.y)
+
+    def beyond(self, row: Any) -> str:
+        """The values that are not where the point is, behind its number."""
+        parts = [f"→ {row['x']:.0f} bits"] if row["x"] > self.x else []
+        parts += [f"↑ {row['y']:.0f}"] if row["y"] > self.y else []
+        return f" ({', '.join(parts)})" if parts else ""
 
 
 def _draw_reference(axes: Axes, row: Any) -> None:
@@ -212,18 +237,11 @@ def _draw_reference(axes: Axes, row: Any) -> None:
     axes.annotate(text, (0.01, row["y"]), (0, 1.5), va="bottom", **where)
 
 
-def _limit(rows: Sequence[Any], better: Better) -> float:
-    """Where an axis of perplexities ends: a destroyed model would flatten all others; it is drawn at the edge."""
-    values = [row["y"] for row in rows]
-    limit = BEYOND * statistics.median(values)
-    return limit if better == "lower" and max(values) > limit else max(values)
-
-
-def _scale_bits(axes: Axes, rows: Sequence[Any]) -> None:
+def _scale_bits(axes: Axes, rows: Sequence[Any], edge: _Edge) -> None:
     """A logarithmic axis with plain numbers."""
     from matplotlib.ticker import NullLocator
 
-    bits = [value for row in rows for value in (row["x"], row["bits_paper"]) if value is not None]
+    bits = [value for row in rows for value in (edge.place(row)[0], row["bits_paper"]) if value is not None]
     axes.set_xscale("log", base=2)
     low, high = min(bits) / 1.08, max(bits) * 1.08
     axes.set_xlim(low, high)
@@ -232,14 +250,14 @@ def _scale_bits(axes: Axes, rows: Sequence[Any]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _draw_front(axes: Axes, rows: Sequence[Any], limit: float) -> None:
+def _draw_front(axes: Axes, rows: Sequence[Any], edge: _Edge) -> None:
     """Steps from each method of the front to the next; the last goes on to the edge."""
     from mobie.figures import style
 
     front = sorted((row for row in rows if row["front"]), key=lambda row: row["x"])
-    x = [row["x"] for row in front] + [axes.get_xlim()[1]]
-    y = [min(row["y"], limit) for row in [*front, front[-1]]]
-    axes.plot(x, y, drawstyle="steps-post", color=style.GREY, linewidth=1.0, zorder=1.3)
+    steps = [(row["x"], row["y"]) if row["config"] == REFERENCE else edge.place(row) for row in front]
+    steps.append((axes.get_xlim()[1], steps[-1][1]))
+    axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=style.GREY, linewidth=1.0, zorder=1.3)
 
 
 @dataclass(frozen=True)
@@ -265,13 +283,13 @@ def _place_numbers(axes: Axes, rows: Sequence[Any]) -> None:
     pixel = axes.figure.dpi / 72
     if not rows:
         return
-    limit = _limit(rows, PANELS[rows[0]["panel"]][1])
-    spots = [tuple(axes.transData.transform((row["x"], min(row["y"], limit)))) for row in rows]
+    edge = _Edge.of(rows, PANELS[rows[0]["panel"]][1])
+    spots = [tuple(axes.transData.transform(edge.place(row))) for row in rows]
     taken = [_Box(x, y, 5 * pixel, 5 * pixel) for x, y in spots]
     taken += [_Box(x, y, 2 * pixel, _bar_height(axes, row)) for row, (x, y) in zip(rows, spots, strict=True)]
     frame = axes.get_window_extent()
     for row, spot in zip(rows, spots, strict=True):
-        text = str(row["number"]) + (f" (↑ {row['y']:.0f})" if row["y"] > limit else "")
+        text = f"{row['number']}{edge.beyond(row)}"
         size = (0.62 * NUMBER_SIZE * len(text) * pixel, NUMBER_SIZE * pixel)
         best = _free_place(spot, size, taken, (frame.x0, frame.y0, frame.x1, frame.y1), pixel)
         taken.append(best)
@@ -280,7 +298,7 @@ def _place_numbers(axes: Axes, rows: Sequence[Any]) -> None:
         how = {"size": NUMBER_SIZE, "ha": "center", "va": "center", "zorder": 4, "textcoords": "offset points"}
         line = {"arrowstyle": "-", "color": style.GREY, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2} if far else None
         how["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.7}
-        axes.annotate(text, (row["x"], min(row["y"], limit)), offset, arrowprops=line, **how)
+        axes.annotate(text, edge.place(row), offset, arrowprops=line, **how)
 
 
 def _bar_height(axes: Axes, row: Any) -> float:

@@ -251,7 +251,7 @@ def _measurements(run: Mapping[str, Any]) -> list[Measurement]:
 
 
 def _activated(subject: Subject, kind: Literal["dense", "packed"], batch: int) -> Measurement:
-    """Bytes of the weights that a step uses, of a model that could not be timed: a format without a kernel has a size."""
+    """Bytes of the weights that a step uses: what is known of a model that no kernel reads."""
     return Measurement("activated_bytes", subject.activated(kind, batch).bytes, None, 1)
 
 

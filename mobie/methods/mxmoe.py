@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from torch import Tensor
 
-from mobie.errors import ConfigError
+from mobie.errors import ConfigError, UnsupportedError
 from mobie.methods.allocation import AllocatingMethod, LayerView
 from mobie.methods.base import ExpertBank, LinearStats, Method, register
 from mobie.methods.gptq import gptq
@@ -84,6 +84,8 @@ class MxMoE(AllocatingMethod):
     """
 
     name: ClassVar[str] = "mxmoe"
+    seconds_per_weight: ClassVar[float] = 2.4e-7
+    stored_bits: ClassVar[float | str] = "budget"
 
     budget: float = 2.25
     strategies: tuple[Strategy, ...] = WEIGHT_ONLY
@@ -101,9 +103,8 @@ class MxMoE(AllocatingMethod):
         if not 0 < self.budget < float("inf"):
             raise ConfigError(f"{self.name}: budget is {self.budget}; expected a positive number of bits (2.25)")
         if len(set(self.strategies)) != len(self.strategies) or not self.strategies:
-            raise ConfigError(
-                f"{self.name}: strategies are {self.strategies}; expected at least one, none of them twice"
-            )
+            given = ", ".join(map(str, self.strategies)) or "none"
+            raise ConfigError(f"{self.name}: strategies are {given}; expected at least one, and none of them twice")
         for option in ("tokens", "block_size"):
             value = getattr(self, option)
             if value is not None and value < 1:
@@ -217,7 +218,7 @@ class MxMoE(AllocatingMethod):
         if choice is None:
             least = self.budget + float((sum(min(row) for row in sizes) - spare) / weights)
             where = "this model" if self.scope == "model" else f"layer {units[0].block}"
-            raise ConfigError(
+            raise UnsupportedError(
                 f"{self.name}: budget is {self.budget} bits per weight, but {where} costs {least:.4f} with every "
                 "allocated weight at its narrowest strategy; expected at least that: raise the budget, or give "
                 "narrower strategies"

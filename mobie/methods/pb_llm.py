@@ -61,8 +61,8 @@ def fit_signs(weight: Tensor, others: Tensor, counted: Tensor, with_mean: bool) 
     """alpha and mu of binarized weights, the least-squares answer for their signs `sign(w - mu)` (section 3.4.2).
 
     Args:
-        weight: `(..., out, groups, n)`, zero where weights are not binarized.
-        others: 1 for binarized weights, 0 for the rest.
+        weight: `(..., out, groups, n)`.
+        others: 1 for weights that are binarized, 0 for the rest.
         counted: 1 for the weights that sums are divided by.
 
     Returns:

@@ -71,6 +71,11 @@ def in_turns(units: Sequence[Unit]) -> list[Unit]:
     return [unit for _, unit in sorted(numbered, key=lambda pair: pair[0])]
 
 
+def _shapes(found: Mapping[str, Any]) -> Mapping[str, list[int]]:
+    """Projection → `(experts, out, in)` of a surveyed block; empty for one without experts."""
+    return found["experts"]["shapes"] if "experts" in found else {}
+
+
 def affordable(costs: Sequence[Fraction], spare: Fraction) -> int:
     """How many costs, from the first on, are within `spare` together."""
     return sum(total <= spare for total in accumulate(costs))
@@ -127,11 +132,12 @@ class QuantMoE(AllocatingMethod):
         if view.bank is None or view.bank_stats is None:
             return found
         banks = view.bank.projections
-        return found | {
-            "experts": {name: list(bank.shape) for name, bank in banks.items()},
+        found["experts"] = {
+            "shapes": {name: list(bank.shape) for name, bank in banks.items()},
             "tokens": [int(n) for n in view.bank_stats.tokens[next(iter(banks))]],
             "outliers": {name: [float(outlier_score(weight)) for weight in bank] for name, bank in banks.items()},
         }
+        return found
 
     def allocate(self, surveys: Sequence[Mapping[str, Any]]) -> list[Method]:
         """Widths of all blocks.
@@ -174,7 +180,7 @@ class QuantMoE(AllocatingMethod):
         """What can be promoted in a block, in the order of its experts."""
         if "experts" not in found:
             return []
-        shapes, tokens, outliers = found["experts"], found["tokens"], found["outliers"]
+        shapes, tokens, outliers = (found["experts"][key] for key in ("shapes", "tokens", "outliers"))
         sets = [tuple(shapes)] if self.granularity == "expert" else [(name,) for name in shapes]
         return [
             Unit(
@@ -194,7 +200,7 @@ class QuantMoE(AllocatingMethod):
         weights, bits = 0, Fraction(0)
         for found in surveys:
             sizes = [(self._linear_bits(name), shape) for name, shape in found["linears"].items()]
-            sizes += [(self.expert_bits, shape) for shape in found.get("experts", {}).values()]
+            sizes += [(self.expert_bits, shape) for shape in _shapes(found).values()]
             weights += sum(prod(shape) for _, shape in sizes)
             bits += sum(self._cost(width) * prod(shape) for width, shape in sizes)
         return weights, bits
@@ -238,6 +244,6 @@ class QuantMoE(AllocatingMethod):
                 strategy(self.promoted_bits if (block, name, expert) in promoted else self.expert_bits)
                 for expert in range(count)
             )
-            for name, (count, *_) in found.get("experts", {}).items()
+            for name, (count, *_) in _shapes(found).items()
         }
         return MixedGPTQ(linears, experts, self.block_size, self.percdamp, paper=account["reached"], account=account)

@@ -11,7 +11,7 @@ bits, of which the largest goes on: it stands for as many other weights as its v
     1 bit      1 1 1 0 1 0 0 1 1 1 1 1 1 1 1 0        a bitmap
 
 With one bit that is a bitmap, as PB-LLM counts it (eq. 3). The width that takes the fewest bytes is stored: for 5 % of
-salient weights 6 bits, 0.31 bits per weight; for 10 % 4 or 5 bits, 0.5 bits per weight; a bitmap from about 30 % on.
+salient weights 6 bits, 0.31 bits per weight; for 10 % 4 or 5 bits, 0.5 bits per weight; a bitmap from about 40 % on.
 """
 
 from __future__ import annotations
