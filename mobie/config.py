@@ -46,7 +46,7 @@ class Strict(BaseModel):
 class Calibration(Strict):
     """What a method is calibrated on."""
 
-    text: str = Field(description="name of a text (mobie.data.texts), e.g. wiki-calibration")
+    text: str = Field(description="name of a text (mobie.data.texts), or ebss: the model's own")
     sequences: PositiveInt = Field(description="number of token sequences")
     length: PositiveInt = Field(description="tokens per sequence")
 
@@ -54,7 +54,7 @@ class Calibration(Strict):
 class CalibrationOverride(Strict):
     """What a suite or a method config changes of the model's calibration; null keeps it."""
 
-    text: str | None = Field(default=None, description="name of a text (mobie.data.texts)")
+    text: str | None = Field(default=None, description="name of a text (mobie.data.texts), or ebss: the model's own")
     sequences: PositiveInt | None = Field(default=None, description="number of token sequences")
     length: PositiveInt | None = Field(default=None, description="tokens per sequence")
 

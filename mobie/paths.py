@@ -6,6 +6,7 @@
 - `resources/github/OWNER/NAME/FILE`: files of GitHub repositories
 - `resources/models/MODEL/`: hub models
 - `results/SUITE/MODEL/calibration/`: token sequences
+- `results/SUITE/MODEL/unfinished/`: batches of sequences that a model is writing; gone when they are whole
 - `results/SUITE/MODEL/windows/`: token windows of the texts that are scored
 - `results/SUITE/MODEL/gradients/`: loss gradients, shared by the methods that need the same
 - `results/SUITE/MODEL/METHOD/sSEED/`: checkpoint/ and one record per job;
@@ -129,8 +130,9 @@ class Layout:
         return folder / f"{text}-n{sequences}-l{length}-s{seed}.safetensors"
 
     def calibration_parts(self, suite: str, model: str, text: str, sequences: int, length: int, seed: int) -> Path:
-        """Finished batches of calibration text that a model is still writing; gone when it is whole."""
-        return self.calibration(suite, model, text, sequences, length, seed).with_suffix(".parts")
+        """Finished batches of a calibration set that a model is still writing; gone when it is whole."""
+        name = self.calibration(suite, model, text, sequences, length, seed).stem
+        return self.root / "results" / suite / model / "unfinished" / name
 
     def windows(self, suite: str, model: str, text: str, protocol: str) -> Path:
         """Token windows of a text; `protocol` is the `windows_id` of a window protocol."""

@@ -74,7 +74,7 @@ def _imported(tree: ast.AST) -> Iterator[str]:
 
 
 #: what a method's class says for plans and tables (mobie/methods/base.py): a better estimate makes no result stale
-NO_RESULT = frozenset({"seconds_per_weight", "stored_bits", "stores_signs"})
+NO_RESULT = frozenset({"seconds_per_weight", "survey_passes", "stored_bits", "stores_signs"})
 
 
 @cache

@@ -141,7 +141,7 @@ def test_a_plan_knows_of_a_method_what_its_class_says(name: str) -> None:
     assert quantize_cost.needs_statistics(config) == method.needs_statistics
     assert quantize_cost.groups_of(config) == method.gradient_groups
     assert is_allocating(config.method) == isinstance(method, AllocatingMethod)
-    for fact in ("seconds_per_weight", "stored_bits", "stores_signs", "guided_by", "gradient_options"):
+    for fact in ("seconds_per_weight", "survey_passes", "stored_bits", "stores_signs", "guided_by", "gradient_options"):
         assert method_fact(config.method, fact) == getattr(method, fact), fact
     assert 1 < quantize_cost.stored_bits(config, size_of(load_model_config("olmoe-1b-7b", HERE))) <= 16
 

@@ -42,7 +42,7 @@ from mobie.plan.graph import Graph
 MODEL_TYPES = sorted(CONFIGS)
 SMALL = 5  # tokens of a vocabulary whose sequences are enumerated
 WORDS = Vocabulary(SMALL, tuple(range(SMALL)), ())
-PLAIN = SelfSampling(prefix=(1, 1), beams=3, batch=2)
+PLAIN = SelfSampling(prefix=(1, 1), beams=3)
 
 
 @cache
@@ -156,7 +156,7 @@ def test_one_step_worked_by_hand() -> None:
 
 
 def test_the_beginning_goes_on_with_the_likeliest_token_up_to_its_length(tmp_path: Path) -> None:
-    model, settings = model_of("olmoe"), dataclasses.replace(PLAIN, tau=0.02, beams=4, batch=3)
+    model, settings = model_of("olmoe"), dataclasses.replace(PLAIN, tau=0.02, beams=4)
     begin = Beginnings(torch.tensor([3, 9, 20]), torch.tensor([6, 1, 8]))
     rows = write(model, begin, 8, settings, tmp_path)
     banned = Vocabulary.of(model, tokenizer()).banned(settings)
@@ -190,7 +190,7 @@ def test_special_tokens_are_not_written_and_an_end_only_where_it_may(ends: Any, 
 def test_every_architecture_writes_and_its_uses_are_those_of_a_plain_reading(model_type: str, tmp_path: Path) -> None:
     """The search counts uses step by step, with a cache and changing beams; the reading counts them in one pass."""
     model, adapter, length = model_of(model_type), Adapter(model_type), 9
-    settings = SelfSampling(beams=3, batch=2, prefix=(2, 3))
+    settings = SelfSampling(beams=3, cached=2 * 3 * length, prefix=(2, 3))
     begin = beginnings(Vocabulary.of(model, tokenizer()), 3, settings, seed=1)
     batches = Batches(tmp_path, "f")
     tokens = self_sample(model, adapter, Vocabulary.of(model, tokenizer()), begin, length, settings, batches)
@@ -234,7 +234,7 @@ def test_imbalance_is_equations_3_and_4(uses: list[list[int]], tokens: int) -> N
 
 def test_balance_of_the_set_looks_at_the_batches_before(tmp_path: Path) -> None:
     model, begin = model_of("olmoe"), starts(*range(2, 10))
-    settings = dataclasses.replace(PLAIN, tau=0.02, beams=6)
+    settings = dataclasses.replace(PLAIN, tau=0.02, beams=6, cached=2 * 6 * 10)
     alone = write(model, begin, 10, settings, tmp_path / "sequence")
     together = write(model, begin, 10, dataclasses.replace(settings, scope="set"), tmp_path / "set")
     assert torch.equal(alone[:2], together[:2])  # nothing is before the first batch
@@ -273,7 +273,7 @@ def test_too_small_a_vocabulary_no_sequence_and_too_long_ones_are_refused(tmp_pa
 @pytest.mark.parametrize(
     "change",
     [
-        *({"tau": 0.0}, {"tau": -1.0}, {"tau": math.inf}, {"beams": 0}, {"batch": 0}, {"prefix": (0, 3)}),
+        *({"tau": 0.0}, {"tau": -1.0}, {"tau": math.inf}, {"beams": 0}, {"cached": 0}, {"prefix": (0, 3)}),
         *({"prefix": (5, 3)}, {"frequency": "tokens"}, {"scope": "all"}, {"ends": "no"}),
     ],
 )
@@ -286,6 +286,7 @@ def test_settings_that_make_no_sense_are_refused(change: dict[str, Any]) -> None
 def test_the_defaults_are_the_papers_and_names_are_no_texts() -> None:
     assert (SELF_SAMPLED[EBSS].tau, SELF_SAMPLED[EBSS].beams) == (1.2, 4)
     assert len(set(SELF_SAMPLED.values())) == len(SELF_SAMPLED)
+    assert [SELF_SAMPLED[EBSS].batch(length) for length in (256, 2048, 10**6)] == [32, 4, 1]
     assert not set(SELF_SAMPLED) & set(TEXTS)
 
 
@@ -301,8 +302,8 @@ def test_a_beam_of_one_token_and_a_sequence_of_one_token_work(tmp_path: Path) ->
 
 
 def test_batches_of_another_job_and_damaged_ones_are_made_anew(tmp_path: Path) -> None:
-    model, begin = model_of("olmoe"), starts(2, 3, 4, 5)
-    expected = write(model, begin, 6, PLAIN, tmp_path)
+    model, begin, pairs = model_of("olmoe"), starts(2, 3, 4, 5), dataclasses.replace(PLAIN, cached=2 * 3 * 6)
+    expected = write(model, begin, 6, pairs, tmp_path)
     batches = Batches(tmp_path, "f")
     assert batches.load(0) is not None and batches.load(2) is None
     assert Batches(tmp_path, "other").load(0) is None
@@ -310,7 +311,7 @@ def test_batches_of_another_job_and_damaged_ones_are_made_anew(tmp_path: Path) -
     (tmp_path / "00001.safetensors").write_bytes(whole[:-3] + b"abc")
     (tmp_path / "00000.safetensors").write_bytes(whole)  # another batch of the same job
     assert batches.load(0) is None and batches.load(1) is None
-    assert torch.equal(write(model, begin, 6, PLAIN, tmp_path), expected)
+    assert torch.equal(write(model, begin, 6, pairs, tmp_path), expected)
     assert (tmp_path / "00001.safetensors").read_bytes() == whole
 
 
@@ -319,6 +320,7 @@ def test_a_run_that_stops_goes_on_with_the_next_batch(
     scope: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, begin, settings = model_of("olmoe"), starts(*range(2, 10)), dataclasses.replace(PLAIN, scope=scope)
+    settings = dataclasses.replace(settings, cached=2 * 3 * 8)
     expected = write(model, begin, 8, settings, tmp_path / "whole")
     real, calls = self_sampling.write_batch, []
 
@@ -391,10 +393,13 @@ def test_the_jobs_write_tokens_and_a_record_that_follows_from_them(quantized: La
     assert run("quantize", "--method", "rtn-w3+calibration.text=ebss").exit_code == 0
 
 
-def test_a_killed_run_ends_with_the_same_bytes(quantized: Layout) -> None:
+def test_a_killed_run_ends_with_the_same_bytes(quantized: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed for good after the first of two batches, and started again."""
+    monkeypatch.setitem(SELF_SAMPLED, EBSS, SelfSampling(cached=768))
     code = (
         "import os, signal\n"
+        "from mobie.data.self_sampled import SELF_SAMPLED, SelfSampling\n"
+        "SELF_SAMPLED['ebss'] = SelfSampling(cached=768)\n"
         "from mobie.calibration.self_sampling import Batches\n"
         "from mobie.cli import main\n"
         "real = Batches.save\n"
@@ -412,9 +417,10 @@ def test_a_killed_run_ends_with_the_same_bytes(quantized: Layout) -> None:
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL and not path.exists()
-    assert [part.name for part in path.with_suffix(".parts").iterdir()] == ["00000.safetensors"]
+    parts = quantized.calibration_parts("smoke", "nano-olmoe", "ebss", 20, 12, 0)
+    assert [part.name for part in parts.iterdir()] == ["00000.safetensors"]
     assert run("self-sample", "--sequences", "20").exit_code == 0
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == whole and not parts.exists()
 
 
 def test_mistakes_are_one_message(repository: Layout) -> None:

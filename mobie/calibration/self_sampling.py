@@ -236,7 +236,8 @@ def self_sample(
     banned = vocabulary.banned(settings).to(device)
     uses, seen = torch.zeros(len(watch.layers), watch.experts, dtype=torch.int64), 0
     found = []
-    parts = zip(begin.first.split(settings.batch), begin.lengths.split(settings.batch), strict=True)
+    batch = settings.batch(length)
+    parts = zip(begin.first.split(batch), begin.lengths.split(batch), strict=True)
     steps = len(begin.first) * (length - 1)
     with tqdm(total=steps, desc="self-sampling", unit="token", disable=not progress) as bar:
         for index, (first, lengths) in enumerate(parts):

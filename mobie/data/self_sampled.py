@@ -34,7 +34,9 @@ class SelfSampling:
     ends:      of a text. `kept`: the model writes its end-of-text token where it likes and a new text behind it, so
                that every sequence has its full length; the released script ends the sequence there. `banned`: it never
                does. Other special tokens (padding, marks of a chat) are never written.
-    batch:     sequences written at once; part of the result, as sums in batches of another size differ in last digits.
+    cached:    tokens, of all beams, whose keys and values are held at once: it decides how many sequences are written
+               together, which is part of the result, as sums in batches of another size differ in last digits. 32768 of
+               OLMoE take 4 GiB.
 
     Raises:
         ConfigError: a value that makes no sense.
@@ -46,12 +48,12 @@ class SelfSampling:
     scope: Scope = "sequence"
     prefix: tuple[int, int] = (3, 6)
     ends: Ends = "kept"
-    batch: int = 16
+    cached: int = 32768
 
     def __post_init__(self) -> None:
         if self.tau is not None and not 0 < self.tau < float("inf"):
             raise ConfigError(f"tau: got {self.tau}, expected a positive number, or null for likelihood alone")
-        for name in ("beams", "batch"):
+        for name in ("beams", "cached"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected 1 or more")
         shortest, longest = self.prefix
@@ -60,6 +62,10 @@ class SelfSampling:
         for name, kinds in (("frequency", Frequency), ("scope", Scope), ("ends", Ends)):
             if getattr(self, name) not in get_args(kinds):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(get_args(kinds))}")
+
+    def batch(self, length: int) -> int:
+        """Sequences of `length` tokens that are written together."""
+        return max(1, self.cached // (self.beams * length))
 
 
 EBSS = "ebss"

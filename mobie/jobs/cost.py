@@ -83,7 +83,6 @@ MMLU_SUBJECTS = 57
 PROBLEMS = {"humaneval": 164, "mbpp": 500}  # at most, of a whole set
 PROGRAM_SECONDS = 3  # of one program in its container
 PROMPTS = 16  # of the generations, at most
-CACHE_COPIES = 2  # of keys and values, while beams are put in another order
 READ_TOKENS = 2048  # whose logits are held while a calibration text is read
 RUNNERS = 4  # ways in which one setting is timed
 
@@ -226,14 +225,16 @@ def _tokenize(calibration: Calibration, protocol: ProtocolConfig) -> Work:
 
 def _self_sample(calibration: Calibration, protocol: ProtocolConfig) -> Work:
     """Every beam of a batch writes a token at each step."""
-    settings, rows = SELF_SAMPLED[EBSS], SELF_SAMPLED[EBSS].batch * SELF_SAMPLED[EBSS].beams
+    settings = SELF_SAMPLED[EBSS]
+    batch = settings.batch(calibration.length)
+    rows = settings.beams * min(batch, calibration.sequences)
     return Work(
         copies=1,
         dtype_bytes=_bytes(protocol.routing.dtype),
         tokens=settings.beams * calibration.sequences * calibration.length,
-        steps=math.ceil(calibration.sequences / settings.batch) * calibration.length,
+        steps=math.ceil(calibration.sequences / batch) * calibration.length,
         logits=rows,
-        cached=CACHE_COPIES * rows * calibration.length,
+        cached=rows * calibration.length,
     )
 
 

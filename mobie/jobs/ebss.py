@@ -7,6 +7,7 @@ architecture is read by the same code, and a model larger than the GPU is placed
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ def self_sample_job(keys: Keys, calibration: Calibration, *, progress: bool) -> 
     path = keys.layout.calibration(*where)
     save_tokens(path, tokens, origin)
     shutil.rmtree(parts, ignore_errors=True)
+    with suppress(OSError):  # another job's batches
+        parts.parent.rmdir()
     return path
 
 
@@ -122,7 +125,7 @@ def usage_job(keys: Keys) -> Record:
         measurements=measurements,
         details=details | {"texts": texts},
         provenance=collect(
-            {"checkpoint": checkpoint} | {f"calibration {name}": file_hash(path) for name, path in files.items()},
+            {"full precision": checkpoint} | {f"calibration {name}": file_hash(path) for name, path in files.items()},
             usage_code(),
             keys.layout.root,
         ),

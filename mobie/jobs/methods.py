@@ -15,8 +15,6 @@ from typing import Any
 from mobie.errors import ConfigError, unknown_name
 from mobie.paths import PACKAGE
 
-ALLOCATING = "AllocatingMethod"  # base of the methods that survey the whole model
-
 
 @dataclass(frozen=True)
 class _Class:
@@ -105,5 +103,5 @@ def method_fact(method: str, attribute: str) -> Any:
 
 
 def is_allocating(method: str) -> bool:
-    """Whether a registered method surveys the whole model first. Raises `ConfigError`."""
-    return any(one.syntax.name == ALLOCATING for one in _lineage(_method(method)))
+    """Whether a registered method surveys the whole model before it quantizes. Raises `ConfigError`."""
+    return bool(method_fact(method, "survey_passes"))

@@ -4,7 +4,7 @@
             + (hessian_flops + again_flops) · tokens · layers / GRAM_FLOP/s        Hessians
             + quantized weights · seconds per weight · columns / COLUMNS           the method itself
 
-    passes: 2 (observed, then as stored); 1 more for a method that surveys the model first, with Hessians of its own;
+    passes: 2 (observed, then as stored); those of a survey before them, which has Hessians of its own;
             with loss gradients 5 more (forward, backward with recomputation, once more for guided Hessians). Methods
             without statistics take neither passes nor products.
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mobie.jobs.size import Size
 
 COLUMNS = 2048  # inputs of the matrices that the seconds per weight were measured with
-FORWARD_PASSES, SURVEY_PASSES, GRADIENT_PASSES = 2, 1, 5
+FORWARD_PASSES, GRADIENT_PASSES = 2, 5
 NAMED_LINEARS = 7  # Linears of a block beside its experts, at most
 BLOCK_COPIES = 2  # as it runs, and what a method works on; packed results go to the host
 BATCH_TOKENS = 8192  # that pass through a block at a time, or one sequence if that is longer
@@ -110,8 +110,8 @@ def effort(config: MethodConfig, size: Size, calibration: Calibration) -> Effort
     own = method_seconds(config, size, size.parameters - size.ends)
     if not needs_statistics(config):
         return Effort(READS, 0.0, 0.0, own)
-    gradients, surveys = needs_gradients(config), int(is_allocating(config.method))
-    passes = FORWARD_PASSES + SURVEY_PASSES * surveys + GRADIENT_PASSES * gradients
+    gradients, surveys = needs_gradients(config), is_allocating(config.method)
+    passes = FORWARD_PASSES + method_fact(config.method, "survey_passes") + GRADIENT_PASSES * gradients
     grams = (1 + surveys) * hessian_flops(config, size) + again_flops(config, size)
     reads = READS + surveys + GRADIENT_READS * gradients
     return Effort(reads, 2.0 * tokens * passes * size.active, tokens * size.layers * grams, own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -44,6 +44,8 @@ class LayerView:
 @dataclass(frozen=True)
 class AllocatingMethod(Method):
     """Base of methods whose bit widths depend on all blocks: surveyed one by one, shared out, then quantized."""
+
+    survey_passes: ClassVar[float] = 1.0
 
     @abstractmethod
     def survey(self, view: LayerView) -> dict[str, Any]:

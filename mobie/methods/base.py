@@ -200,9 +200,11 @@ class Method(ABC):
     #: options that decide what those gradients are: jobs in which they agree share them
     gradient_options: ClassVar[tuple[str, ...]] = ("gradient_groups",)
     # The rest decides no result. Like the above it must be literal: plans and tables read it from the syntax.
-    #: what a plan reckons with: of one core, per weight of a matrix with 2048 inputs, statistics given and a survey
-    #: counted in (`benchmarks/true_size.py` measures it); a method that does not say counts as a slow one
+    #: what a plan reckons with: of one core, per weight of a matrix with 2048 inputs, statistics and the outputs of a
+    #: survey given (`benchmarks/true_size.py` measures it); a method that does not say counts as a slow one
     seconds_per_weight: ClassVar[float] = 1.4e-6
+    #: passes of the calibration tokens through the experts in a survey of the model; 0: the method makes none
+    survey_passes: ClassVar[float] = 0.0
     #: bits on disk per weight, every buffer counted, or the option that has those of the codes (a grid is then added)
     stored_bits: ClassVar[float | str] = "bits"
     #: whether nearly all weights are signs: tables rank such methods with each other

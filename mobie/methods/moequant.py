@@ -88,7 +88,7 @@ class MoEQuant(GPTQ):
     """
 
     name: ClassVar[str] = "moequant"
-    seconds_per_weight: ClassVar[float] = 3.5e-7
+    seconds_per_weight: ClassVar[float] = 5.5e-7
     symmetric: ClassVar[bool] = True
 
     token_weighting: TokenWeighting = "gate"

@@ -93,6 +93,8 @@ class NoWag(Method):
     """
 
     name: ClassVar[str] = "nowag"
+    seconds_per_weight: ClassVar[float] = 2.1e-6
+    stored_bits: ClassVar[float] = 2.2
 
     dimension: int = 6
     codebook_bits: int = 12
