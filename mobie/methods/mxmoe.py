@@ -86,6 +86,7 @@ class MxMoE(AllocatingMethod):
     name: ClassVar[str] = "mxmoe"
     survey_passes: ClassVar[float] = 20.0  # as it is, and six strategies for each of three projections
     seconds_per_weight: ClassVar[float] = 1.6e-7
+    stored_bits: ClassVar[float] = 2.8  # attention in 16 bits
 
     budget: float = 2.25
     strategies: tuple[Strategy, ...] = WEIGHT_ONLY
