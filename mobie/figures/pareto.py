@@ -165,7 +165,7 @@ def _draw_key(axes: Axes, rows: Sequence[Any]) -> None:
         place = {"transform": axes.transAxes, "clip_on": False}
         axes.plot(0.02, y, how.marker, color=how.color, markersize=4, alpha=1 if known else 0.25, **place)
         colour = style.BLACK if known else style.GREY
-        texts = ((0.13, str(number), "right"), (0.16, textwrap.shorten(name, 34, placeholder=" …"), "left"))
+        texts = ((0.13, str(number), "right"), (0.16, textwrap.shorten(name, 32, placeholder=" …"), "left"))
         for x, text, align in texts:
             axes.text(x, y, text, ha=align, va="center", size=style.SMALL, color=colour, in_layout=False, **place)
 
