@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mobie.config import load_suite, method_classes
+from mobie.config import load_method, load_suite, method_classes
+from mobie.data.self_sampled import SELF_SAMPLED
 from mobie.errors import ConfigError
 from mobie.figures import FIGURES, figure_records
 from mobie.jobs import stale
@@ -69,7 +70,10 @@ def test_a_suite_resolves_whole_without_torch(repository: Layout, no_torch: Path
         assert jobs[f"score_{kind}"] == sum(path.name == f"{kind}.json" for path in wanted), kind
     assert jobs["generate_code"] == jobs["score_code"]
     usage = {path for path in wanted if path.name == "expert_usage.json"}  # of tokens: no method is run
-    assert jobs["expert_usage"] == jobs["self_sample"] == len(usage)
+    assert jobs["expert_usage"] == len(usage)
+    texts = {path: load_method(path.parents[1].name, repository).calibration.text for path in wanted}
+    writers = {path.parents[2].name for path, text in texts.items() if text in SELF_SAMPLED}
+    assert jobs["self_sample"] == len(writers)
     runs = {path.parent for path in wanted - usage}
     references = {path.parents[2] / REFERENCE / path.parent.name for path in wanted if path.name == "routing.json"}
     assert jobs["quantize"] == len(runs | references)
