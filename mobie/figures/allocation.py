@@ -134,4 +134,4 @@ def _title(row: Mapping[str, Any]) -> str:
     """The method, and the average that it reached of its budget."""
     if row.get("reached") is None:
         return str(row["series"])
-    return f"{row['series']}, {row['reached']:.3f} of {row['budget']:g} bits"
+    return f"{row['series']}\n{row['reached']:.3f} of {row['budget']:g} bits"
