@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from surveyed import fixed
 from tiny import HIDDEN, make_model
 from torch import nn
 
+from mobie.check.checkpoints import Count, count_block, read_tensor_file
 from mobie.config import default_layout, load_method
 from mobie.methods.base import BankStats, ExpertBank, LinearStats, Method
 from mobie.models.base import ARCHITECTURES, Adapter
 from mobie.packing.bank import split_gate_up
+from mobie.packing.base import BitLedger
 from mobie.packing.checkpoint import BlockNames, PackedBlock, load_block, save_block, write_block
 
 METHODS = sorted(path.stem for path in (default_layout().config / "methods").glob("*.yaml"))
@@ -74,6 +77,13 @@ def pack(block: nn.Module, adapter: Adapter, method: Method) -> PackedBlock:
     return PackedBlock(linears, method.quantize_experts(bank, bank_stats))
 
 
+def count_again(path: Path, index: int) -> Count:
+    """What `python -m mobie check` counts in a block's file, apart from the code that wrote it."""
+    count, stored = Count(), read_tensor_file(path)
+    count_block(f"block{index}", stored, json.loads(stored.metadata["mobie"]), 1 / EXPERTS, count)
+    return count
+
+
 @pytest.mark.parametrize("config", METHODS)
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_every_method_quantizes_every_architecture(model_type: str, config: str, tmp_path: Path) -> None:
@@ -90,6 +100,12 @@ def test_every_method_quantizes_every_architecture(model_type: str, config: str,
         assert stored.parts()[name].header() == part.header()
         tensors = stored.parts()[name].tensors()
         assert all(torch.equal(tensors[key], tensor) for key, tensor in part.tensors().items()), name
+
+    counted = count_again(tmp_path / "block", index)
+    ledger = BitLedger.merge({name: part.ledger(1 / EXPERTS) for name, part in packed.parts().items()})
+    assert counted.weights == ledger.weights
+    bits = {"bits_paper": ledger.paper_bits, "bits_codes": ledger.code_bits, "bits_stored": ledger.stored_bits}
+    assert counted.bits() == pytest.approx(bits)
 
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
     write_block(adapter, block, stored)

@@ -190,18 +190,25 @@ def count_block(block: str, stored: TensorFile, metadata: Mapping[str, Any], sha
             weights, paper = _bank(entry["header"], shapes, share)
             active = weights * share
         else:
-            size, paper = _matrix(entry["format"], entry["header"], shapes)
+            size, paper = _matrix(entry["format"], entry["header"], shapes, share)
             weights = math.prod(size)
-            active = float(weights)
+            active = weights * (share if len(size) == 3 else 1.0)  # the experts of a layer, or a Linear
         count.weights += weights
         count.active += active
         count.paper += paper * active
 
 
-def _matrix(form: str, header: Mapping[str, Any], shapes: Mapping[str, Any]) -> tuple[tuple[int, ...], float]:
-    """(out, in) of a packed matrix, and its bits by the paper's formula."""
+def _matrix(
+    form: str, header: Mapping[str, Any], shapes: Mapping[str, Any], share: float
+) -> tuple[tuple[int, ...], float]:
+    """(out, in) of a packed matrix, (experts, out, in) where experts share a codebook; bits by the paper's formula."""
     if form == "dense16":
         return tuple(shapes["weight"]), 16.0
+    if form == "vector":
+        return _vectors(shapes, share)
+    if form == "partial-binary":
+        salient = header["salient"] / math.prod(header["size"])
+        return tuple(header["size"]), (1 - salient) + header["bits"] * salient + 1
     if form == "binary":
         out, columns = header["size"]
         return (out, columns), 1 + shapes["salient"][0] / columns
@@ -209,18 +216,29 @@ def _matrix(form: str, header: Mapping[str, Any], shapes: Mapping[str, Any]) -> 
     return size, float(header["paper"] if form == "grid" else header["bits"])
 
 
+def _vectors(shapes: Mapping[str, Any], share: float) -> tuple[tuple[int, ...], float]:
+    """Codes, norms and the codebook of vectors; experts that share one read it whole, however few a token uses."""
+    *experts, rows = shapes["row_norm"]
+    columns, (centroids, dimension) = shapes["column_norm"][-1], shapes["codebook"]
+    size = (*experts, rows, columns)
+    codes = math.prod(size[:-1]) * math.ceil(columns / dimension) * math.log2(centroids)
+    norms = 16 * (math.prod(shapes["row_norm"]) + math.prod(shapes["column_norm"]))
+    codebook = 16 * centroids * dimension / (share if experts else 1.0)
+    return size, (codes + norms + codebook) / math.prod(size)
+
+
 def _bank(header: Mapping[str, Any], shapes: Mapping[str, Any], share: float) -> tuple[int, float]:
     """Weights of a bank of experts, and their bits by the paper's formula (eqs. 43, 44)."""
     experts = header["count"]
     matrices = [
-        _matrix(header["expert_format"], own, own_shapes)
+        _matrix(header["expert_format"], own, own_shapes, share)
         for own, own_shapes in zip(_each(header["headers"], experts), _expert_shapes(header, experts), strict=True)
     ]
     rows, columns = stored_size = matrices[0][0]
     basis_weights = basis_bits = 0.0
     if header["basis"] is not None:
         own = {n.removeprefix("basis."): shape for n, shape in shapes.items() if n.startswith("basis.")}
-        size, basis_bits = _matrix(header["basis"]["format"], header["basis"]["header"], own)
+        size, basis_bits = _matrix(header["basis"]["format"], header["basis"]["header"], own, share)
         basis_weights = math.prod(size)
         rows, columns = (size[0], columns) if header["side"] == "left" else (rows, size[1])
     each = math.fsum(paper for _, paper in matrices) / experts
