@@ -68,7 +68,7 @@ def test_drawn_as_layers_by_experts_with_the_average_in_the_title(suite: Layout)
     assert images[1] == [[4.0, 2.0, 2.0], [2.0, 2.0, 4.0]]
     limits = [axes.images[0].get_clim() for axes in figure.axes if axes.images]
     assert limits[:2] == [(0.0, 0.5), (2.0, 4.0)]
-    assert figure.axes[0].get_title() == "nano-olmoe: QuantMoE-Bench, 2.457 of 2.5 bits"
+    assert figure.axes[0].get_title() == "nano-olmoe: QuantMoE-Bench\n2.457 of 2.5 bits"
 
 
 def test_failed_and_old_records_are_holes_with_their_reason(suite: Layout) -> None:
