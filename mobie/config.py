@@ -166,7 +166,8 @@ class Scope(Strict):
 
     label: str = Field(description="what is quantized, for people")
     component: str | None = Field(
-        default=None, description="component whose weights and bytes are counted (experts); null: all that are quantized"
+        default=None,
+        description="component whose weights and bytes are counted (experts); null: all quantized ones",
     )
     rows: tuple[str, ...] | None = Field(
         default=None, strict=False, description="method configs; null: the suite's, without full precision"

@@ -46,9 +46,7 @@ class _Paired:
     record: str
 
 
-def _one_text(
-    results: Results, model: Model, runs: Sequence[tuple[str, int | None]], text: str
-) -> _Paired | Cell:
+def _one_text(results: Results, model: Model, runs: Sequence[tuple[str, int | None]], text: str) -> _Paired | Cell:
     """The difference between two runs, each a method and a seed, or the hole that is in its place."""
     name = f"{text}.perplexity"
     cells = [results.cell(model, method, "perplexity", name, seed=seed) for method, seed in runs]

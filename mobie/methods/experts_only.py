@@ -47,8 +47,8 @@ class ExpertsOnly(Method):
             raise ConfigError(f"{self.name}: inner: {unknown_name('method', self.inner, known)}")
         if self.method.needs_gradients:
             raise ConfigError(
-                f"{self.name}: {self.inner} with {self.inner_options} reads loss gradients, expected options with which "
-                f"it does not; leave out {self.method.guided_by[0] if self.method.guided_by else 'them'}"
+                f"{self.name}: got inner_options {self.inner_options} with which {self.inner} reads loss gradients, "
+                f"expected others; leave out {self.method.guided_by[0] if self.method.guided_by else 'them'}"
             )
 
     @cached_property

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobie.comparable import comparability, gated_models
-from mobie.figures import FIGURES, collect_figure, figure_records
+from mobie.config import load_suite
+from mobie.figures import collect_figure, figure_records, figures_of
 from mobie.figures.figure import FigureData, to_csv
 from mobie.figures.seal import read_svg
 from mobie.paper.audit import audit
@@ -26,7 +27,7 @@ from mobie.report.record_view import Tidy, path_stripper, record_view
 from mobie.report.svg import inline_svg
 from mobie.results import Results
 from mobie.storage import write_text
-from mobie.tables import TABLES, build_table, table_records
+from mobie.tables import build_table, table_records, tables_of
 from mobie.verdicts import MEANING, judge, verdict_records
 from mobie.verdicts.write import INTERVALS
 
@@ -59,8 +60,9 @@ class FigureView:
 
 def report_records(suite: str, layout: Layout) -> list[Path]:
     """The records that the report of a suite reads: those of its tables, figures and verdicts."""
-    found = [path for name in TABLES for path in table_records(name, suite, layout)]
-    found += [path for name in FIGURES for path in figure_records(name, suite, layout)]
+    config = load_suite(suite, layout)
+    found = [path for name in tables_of(config) for path in table_records(name, suite, layout)]
+    found += [path for name in figures_of(config) for path in figure_records(name, suite, layout)]
     return list(dict.fromkeys([*found, *verdict_records(suite, layout)]))
 
 
@@ -84,8 +86,8 @@ def build_report(suite: str, layout: Layout, tidy: Tidy | None = None) -> str:
     results = Results(suite, layout)
     tidy = tidy or path_stripper(layout.root.resolve(), Path.home())
     verdicts = judge(results)
-    tables = [table_view(build_table(name, results), tidy) for name in TABLES]
-    figures = {name: figure_view(collect_figure(name, results), layout) for name in FIGURES}
+    tables = [table_view(build_table(name, results), tidy) for name in tables_of(results.suite)]
+    figures = {name: figure_view(collect_figure(name, results), layout) for name in figures_of(results.suite)}
     records = [record_view(path, layout, tidy) for path in sorted(results.asked)]
     return (
         environment(tidy)
@@ -112,7 +114,8 @@ def build_report(suite: str, layout: Layout, tidy: Tidy | None = None) -> str:
 
 def suite_warnings(results: Results) -> list[str]:
     """What a reader must know before any number: which models these are, and how small the samples."""
-    models = {model.name: model for name in (*TABLES, *FIGURES) for model in results.models(name)}
+    targets = (*tables_of(results.suite), *figures_of(results.suite))
+    models = {model.name: model for name in targets for model in results.models(name)}
     found = [
         f"**{model.label}**: {model.config.notes}" for model in models.values() if model.config and model.config.notes
     ]
