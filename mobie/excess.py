@@ -52,6 +52,13 @@ def budget_of(results: Results, method: str) -> float:
     return float(budget)
 
 
+def name_of(results: Results, method: str) -> str:
+    """What a row is called: its label, of a row of a dial with the budget."""
+    label = results.method(method).label
+    dials = [name for scope in comparison(results).scopes.values() for name in scope.dial]
+    return f"{label}, {budget_of(results, method):g} bits" if method in dials else label
+
+
 def stored_bits(results: Results, model: Model, method: str, component: str | None) -> Cell:
     """Bits stored per quantized weight, every byte counted, or per weight of one component; of the suite's seed."""
     whole = results.cell(model, method, "quantize", "bits_stored")

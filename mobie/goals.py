@@ -31,16 +31,17 @@ GOALS = PACKAGE / "paper" / "goals.yaml"
 class Goal(Strict):
     """One goal; the file says what its keys mean."""
 
-    measure: Literal["excess", "unbeaten", "routing"]
+    measure: Literal["excess", "unbeaten", "routing", "stored"]
     budget: float | None
     rival: str = ""
     share: float = Field(default=1.0, gt=0)
+    within: float = Field(default=0.0, ge=0)
     statement: str
 
     @model_validator(mode="after")
     def _rival(self) -> Goal:
-        if (self.measure == "unbeaten") == bool(self.rival):
-            raise ValueError("`unbeaten` has no rival, every other measure has one")
+        if (self.measure in ("excess", "routing")) != bool(self.rival):
+            raise ValueError("`excess` and `routing` have a rival, the other measures have none")
         return self
 
 
@@ -185,4 +186,14 @@ def _routing(results: Results, known: Judged) -> Judged:
     return replace(found, verdict=_verdict(ours.value >= theirs.value))
 
 
-MEASURES = {"excess": _excess, "unbeaten": _unbeaten, "routing": _routing}
+def _stored(results: Results, known: Judged) -> Judged:
+    """Bits from bytes against the budget that they were to meet."""
+    assert known.budget is not None  # a row of the dial has one
+    ours = stored_bits(results, known.model, known.method, known.scope.component)
+    found = replace(known, ours=ours, theirs=Cell(known.budget), against="the budget")
+    if ours.value is None:
+        return found
+    return replace(found, verdict=_verdict(abs(ours.value / known.budget - 1) <= known.goal.within))
+
+
+MEASURES = {"excess": _excess, "unbeaten": _unbeaten, "routing": _routing, "stored": _stored}

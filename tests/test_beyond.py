@@ -277,9 +277,16 @@ def test_routing_is_judged_by_its_worst_layer(layout: Layout, second: float, ver
     assert (found.verdict, found.ours.value, found.theirs.value) == (verdict, second, 0.8)
 
 
+@pytest.mark.parametrize(("stored", "verdict"), [(1.512, "holds"), (1.488, "holds"), (1.52, "does not hold")])
+def test_the_budget_is_met_within_a_hundredth(layout: Layout, stored: float, verdict: str) -> None:
+    run(layout, DIAL[1.5], (0.2,) * 3, stored=stored)
+    assert verdicts(layout, "stored", 1.5).verdict == verdict
+
+
 def test_a_budget_that_the_suite_lacks_is_not_measured(layout: Layout) -> None:
     table = build_table("goals", Results(SUITE, layout))
     rows = [row for row in table.rows if row.section == "experts only"]
+    assert len(rows) == len(load_goals())
     assert {row.texts["verdict"] for row in rows} == {"not measured"}
     assert {row.cells["ours"].reason for row in rows} == {"the suite has no row of our method with this budget"}
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mobie.excess import comparison, excess, half_width
+from mobie.excess import comparison, excess, half_width, name_of
 from mobie.figures.fig8 import size_method
 from mobie.figures.figure import FigureData, facts, point
 from mobie.results import Model, Results
@@ -39,7 +39,7 @@ def collect(results: Results) -> FigureData:
 def _row(results: Results, model: Model, method: str, size: int) -> dict[str, Any]:
     variant = size_method(model, size, method)
     value = excess(results, model, variant, results.protocol.texts)
-    keys = {"panel": model.label, "model": model.label, "series": results.method(method).label, "config": variant}
+    keys = {"panel": model.label, "model": model.label, "series": name_of(results, method), "config": variant}
     return point(value, x=size, reach=half_width(value), **keys)
 
 

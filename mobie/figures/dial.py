@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mobie.config import Scope
-from mobie.excess import comparison, excess, half_width, rows_of, stored_bits
+from mobie.excess import comparison, excess, half_width, name_of, rows_of, stored_bits
 from mobie.figures.figure import FigureData, facts, hole, point
 from mobie.figures.places import Box, free_place
 from mobie.results import Model, Results
@@ -45,7 +45,7 @@ def _scope_rows(results: Results, model: Model, name: str, scope: Scope) -> list
         value = excess(results, model, method, results.protocol.texts)
         stored = stored_bits(results, model, method, scope.component)
         keys: dict[str, Any] = {"panel": scope.label, "model": model.label, "scope": name, "config": method}
-        keys |= {"series": results.method(method).label, "dial": method in scope.dial}
+        keys |= {"series": name_of(results, method), "dial": method in scope.dial}
         if stored.value is None:
             found.append(hole(stored.status, stored.reason or "", **keys) | {"record": stored.record})
         else:
@@ -101,15 +101,15 @@ def _draw_panel(axes: Axes, rows: Sequence[Any]) -> bool:
     highest = max(row["y"] + (row["reach"] or 0) for row in known)
     axes.set_ylim(min(0.0, *(row["y"] for row in known)), 1.12 * highest)
     axes.margins(x=0.12)
-    missing = [row for row in rows if row["y"] is None]
+    missing = [row["series"] for row in rows if row["y"] is None]
     if missing:
-        names = ", ".join(row["series"] for row in missing)
-        axes.set_xlabel(style.fit(f"not there: {names}", style.FULL / 2.6, 0.5), color=style.GREY)
+        place = {"transform": axes.transAxes, "ha": "right", "va": "top", "size": style.SMALL, "color": style.GREY}
+        axes.text(0.99, 0.99, style.fit(f"not there: {'; '.join(missing)}", 1.6, 0.8), **place)
     return True
 
 
 def _place_names(axes: Axes, rows: Sequence[Any]) -> None:
-    """Write each method's name, or the budget of a row of the dial, where it hides the least."""
+    """Write each method's name where it hides the least; of the dial, whose rows are one line, at its first row."""
     from mobie.figures import style
 
     pixel = axes.figure.dpi / 72
@@ -121,9 +121,12 @@ def _place_names(axes: Axes, rows: Sequence[Any]) -> None:
             taken.append(Box(x, y, 2 * pixel, high - low))
     taken += _along([spot for row, spot in zip(rows, spots, strict=True) if row["dial"]], pixel)
     frame = axes.get_window_extent()
+    first = min((row["x"] for row in rows if row["dial"]), default=None)
     for row, spot in zip(rows, spots, strict=True):
+        if row["dial"] and row["x"] != first:
+            continue
         text = row["series"].split(",")[0]
-        size = (0.56 * style.SMALL * len(text) * pixel, style.SMALL * pixel)
+        size = (0.66 * style.SMALL * len(text) * pixel, style.SMALL * pixel)
         best = free_place(spot, size, taken, (frame.x0, frame.y0, frame.x1, frame.y1), pixel)
         taken.append(best)
         offset = ((best.x - spot[0]) / pixel, (best.y - spot[1]) / pixel)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobie.comparable import comparability, gated_models
-from mobie.config import load_suite
+from mobie.config import config_names, load_suite
 from mobie.figures import collect_figure, figure_records, figures_of
 from mobie.figures.figure import FigureData, to_csv
 from mobie.figures.seal import read_svg
@@ -86,9 +87,10 @@ def build_report(suite: str, layout: Layout, tidy: Tidy | None = None) -> str:
     results = Results(suite, layout)
     tidy = tidy or path_stripper(layout.root.resolve(), Path.home())
     verdicts = judge(results)
-    tables = [table_view(build_table(name, results), tidy) for name in tables_of(results.suite)]
-    figures = {name: figure_view(collect_figure(name, results), layout) for name in figures_of(results.suite)}
-    records = [record_view(path, layout, tidy) for path in sorted(results.asked)]
+    shown = [results, *comparisons(suite, layout)]
+    tables = [table_view(build_table(name, one), tidy) for one in shown for name in tables_of(one.suite)]
+    figures = {name: figure_view(collect_figure(name, one), layout) for one in shown for name in figures_of(one.suite)}
+    records = [record_view(path, layout, tidy) for path in sorted(path for one in shown for path in one.asked)]
     return (
         environment(tidy)
         .get_template("report.html")
@@ -110,6 +112,16 @@ def build_report(suite: str, layout: Layout, tidy: Tidy | None = None) -> str:
             statuses=dict(sorted(Counter(record["status"] for record in records).items())),
         )
     )
+
+
+def comparisons(suite: str, layout: Layout) -> Iterator[Results]:
+    """Other suites that compare per stored bit and have records: a suite's page shows their tables and figures too."""
+    for name in config_names("suites", layout):
+        config = load_suite(name, layout)
+        if name != suite and config.beyond is not None:
+            asked = [path for table in tables_of(config) for path in table_records(table, name, layout)]
+            if any(path.exists() for path in asked):
+                yield Results(name, layout)
 
 
 def suite_warnings(results: Results) -> list[str]:

@@ -11,6 +11,7 @@ from mobie.excess import (
     interval,
     least_similarity,
     less,
+    name_of,
     ratio,
     rows_of,
     stored_bits,
@@ -99,4 +100,4 @@ def _row(results: Results, model: Model, scope: Scope, name: str, means: Mapping
         cells[f"of_{rival}"] = ratio(means[name], means[row])
     if name in scope.dial and ROUTING_RIVAL in scope.rivals:
         cells["routing"] = less(*least_similarity(results, model, name, scope.rivals[ROUTING_RIVAL]))
-    return Row(model.label, results.method(name).label, cells, config=name, section=scope.label)
+    return Row(model.label, name_of(results, name), cells, config=name, section=scope.label)
