@@ -48,7 +48,7 @@ def quantize_block(
     unweighted = defaultdict(lambda: NO_STATISTICS) if statistics is None else statistics.linear_stats()
     linear_stats = unweighted if statistics is None else statistics.linear_stats(method.token_weighting)
     if guided is not None:
-        linear_stats = _add_guided(linear_stats, guided)
+        linear_stats = add_guided(linear_stats, guided)
     linears: dict[str, Packed] = {}
     errors: dict[str, float | None] = {}
     for group in adapter.linear_groups(block):
@@ -77,7 +77,7 @@ def quantize_block(
         local, borrowed = blend_with_pool(statistics.bank_stats())
         weighted = blend_with_pool(gathered)[0]
         bank_stats = (
-            weighted if guided is None else blend_with_pool(_add_guided_bank(gathered, guided), guided.pooled)[0]
+            weighted if guided is None else blend_with_pool(add_guided_bank(gathered, guided), guided.pooled)[0]
         )
         details["tokens_per_expert"] = list(gathered.tokens["gate"])
         details["borrowed_statistics"] = borrowed
@@ -98,12 +98,15 @@ def _bank(block: nn.Module, adapter: Adapter, resources: Resources) -> ExpertBan
     return replace(bank, devices=devices, chunk_bytes=chunk)
 
 
-def _add_guided(linears: dict[str, LinearStats], guided: Guided) -> dict[str, LinearStats]:
+def add_guided(linears: Mapping[str, LinearStats], guided: Guided) -> dict[str, LinearStats]:
+    """Statistics of Linears with the guided Hessians of those that have some."""
     by_name = guided.linears
     return {name: replace(s, guided=by_name[name]) if name in by_name else s for name, s in linears.items()}
 
 
-def _add_guided_bank(stats: BankStats, guided: Guided) -> BankStats:
+def add_guided_bank(stats: BankStats, guided: Guided) -> BankStats:
+    """Statistics of experts with their guided Hessians, formed when they are asked for."""
+
     def both(name: str) -> Lazy[LinearStats]:
         own, weighted = stats.experts[name], guided.experts[name]
         return Lazy(len(own), lambda i: replace(own[i], guided=weighted[i]))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -266,6 +266,11 @@ class _Loop:
         self._stream: Stream | None = None
         self._full_stream: Stream | None = None
 
+    @property
+    def _guides(self) -> bool:
+        """Whether the methods of the blocks read guided Hessians; one that shares out bits may have done so before."""
+        return self._gradients is not None and any(method.needs_gradients for method in self._methods)
+
     def take_gradients(self, batches: Sequence[Tensor], cache: GradientCache | None, progress: bool) -> None:
         """Find or compute the token weights of every block, unless every block is finished."""
         folder, key = self.work, self._fingerprint
@@ -294,7 +299,8 @@ class _Loop:
     def allocate(self, method: AllocatingMethod, batches: Sequence[Tensor], progress: bool) -> None:
         """Survey the model and fix the method of every block, unless every block is finished."""
         if not all(self._finished):
-            survey = Survey(self.streamed, method, self.work / "survey", self._fingerprint, self._memory)
+            guided_of = None if self._gradients is None else self._guided_of
+            survey = Survey(self.streamed, method, self.work / "survey", self._fingerprint, self._memory, guided_of)
             self._findings = survey.run(batches, progress=progress)
             self._methods = method.allocate([finding.values for finding in self._findings])
 
@@ -304,7 +310,7 @@ class _Loop:
             return
         self._stream = Stream("quantized", batches, self._store, self.streamed.device)
         streams = [self._stream]
-        if self._gradients is not None and self._guided is None:
+        if self._guides and self._guided is None:
             self._full_stream = Stream("full", batches, self._store, self.streamed.device)
             streams.append(self._full_stream)
 
@@ -358,22 +364,24 @@ class _Loop:
     def _quantize(self, index: int, block: nn.Module) -> float:
         """Gather statistics, quantize, write the shard; returns the CPU seconds spent on this block before."""
         method = self._methods[index]
-        guided, observer, credit, statistics, router = None, None, 0.0, None, None
-        if self._guided is not None:
+        guided, forgets, credit, statistics, router = None, [], 0.0, None, None
+        if self._guides and self._guided is not None:
             guided = self._guided[index]
             credit = guided.cpu_seconds
-        elif self._gradients is not None:
-            guided, observer = self._guided_of(index, block)
+        elif self._guides:
+            assert self._full_stream is not None  # `enter` has made it
+            guided, forget = self._guided_of(index, block, self._full_stream, index < self._last)
+            forgets.append(forget)
         if method.needs_statistics:
             moves = self.policy.inputs == "full_precision" and index < self._last
             statistics, router = self._gather(block, method, move=moves)
+            forgets.append(statistics.drop)
         packed, details = quantize_block(block, self.adapter, method, statistics, guided, self._resources, router)
         if self._findings:
             credit += self._findings[index].cpu_seconds
             details |= {"allocation": method.options, "survey": self._findings[index].values}
-        for kept in (observer, statistics):
-            if kept is not None:
-                kept.drop()
+        for forget in forgets:
+            forget()
         names = BlockNames.of(self.adapter, index)
         save_block(block_path(self.out, index), packed, self._shard_fingerprint(index), details, names)
         return credit
@@ -412,19 +420,26 @@ class _Loop:
         self._stream.observe(block, inputs, move=False)
         return method.quantize_router(router.weight.detach().float(), inputs.linear_stats()[name])
 
-    def _guided_of(self, index: int, block: nn.Module) -> tuple[Guided, GuidedHessians]:
-        """Guided Hessians of a block from its token weights; the full-precision stream moves on."""
+    def _guided_of(self, index: int, block: nn.Module, stream: Stream, move: bool) -> tuple[Guided, Callable[[], None]]:
+        """Guided Hessians of a block from its token weights, and what forgets them.
+
+        stream: of full precision, before the block; it moves on where told.
+        """
+        if self._guided is not None:
+            if move:
+                stream.through(block)
+            return self._guided[index], lambda: None
         began = time.process_time()
         groups, experts = self.adapter.linear_groups(block), self.adapter.experts_module(block)
-        assert self._full_stream is not None and self._gradients is not None  # `enter` has made both
+        assert self._gradients is not None  # `take_gradients` has made it
         weights = self._gradients.weights(index)
         if weights is None:
             raise DataError(f"block {index}: its token weights are gone; run the same command again to make them")
-        shape = self._full_stream.shape(groups, experts)
+        shape = stream.shape(groups, experts)
         observer = GuidedHessians(shape, weights, self._store, Cache(self._memory))
-        self._full_stream.observe(block, observer, move=index < self._last)
+        stream.observe(block, observer, move=move)
         guided = observer.result()
         if self._shares and self._gradients.keeps_guided(observer.nbytes):
             guided = replace(guided.whole(), cpu_seconds=time.process_time() - began)
             self._gradients.save_guided(index, guided)
-        return guided, observer
+        return guided, observer.drop

@@ -6,7 +6,7 @@ A finding is a file as soon as its block is surveyed, so a run that was killed g
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mobie.block import add_guided, add_guided_bank
+from mobie.calibration.guided import Guided
 from mobie.calibration.lazy import Cache
 from mobie.calibration.statistics import BlockStatistics, blend_with_pool
 from mobie.calibration.store import ActivationStore, Memory
@@ -24,6 +26,9 @@ from mobie.models.base import Adapter
 from mobie.models.weights import StreamedModel
 from mobie.parsing import parse_json
 from mobie.storage import make_folder, unsealed, write_sealed
+
+#: guided Hessians of a block from what flows into it, and what forgets them again
+GuidedOf = Callable[[int, nn.Module, Stream, bool], tuple[Guided, Callable[[], None]]]
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,20 @@ class Survey:
     """Findings of all blocks of a model, in files of one job."""
 
     def __init__(
-        self, streamed: StreamedModel, method: AllocatingMethod, folder: Path, fingerprint: str, memory: Memory
+        self,
+        streamed: StreamedModel,
+        method: AllocatingMethod,
+        folder: Path,
+        fingerprint: str,
+        memory: Memory,
+        guided_of: GuidedOf | None = None,
     ) -> None:
         """Args:
         folder: of the findings, and of activations beyond `memory`.
         fingerprint: of the job; findings with another are as good as none.
+        guided_of: `(index, block, stream, move)` → guided Hessians, for a method that uses loss gradients.
         """
-        self._streamed, self._method = streamed, method
+        self._streamed, self._method, self._guided_of = streamed, method, guided_of
         self._folder, self._fingerprint, self._memory = folder, fingerprint, memory
 
     @torch.no_grad()
@@ -72,9 +84,14 @@ class Survey:
         adapter = self._streamed.adapter
         shape = stream.shape(adapter.linear_groups(block), adapter.experts_module(block))
         statistics = BlockStatistics(shape, store, Cache(self._memory))
-        stream.observe(block, statistics, move=move)
-        values = self._method.survey(layer_view(block, adapter, statistics))
-        statistics.drop()
+        stream.observe(block, statistics, move=move and self._guided_of is None)
+        guided, forgets = None, [statistics.drop]
+        if self._guided_of is not None:
+            guided, forget = self._guided_of(index, block, stream, move)
+            forgets.append(forget)
+        values = self._method.survey(layer_view(block, adapter, statistics, guided))
+        for forget in forgets:
+            forget()
         finding = Finding(values, time.process_time() - began)
         content = {"fingerprint": self._fingerprint, "values": values, "cpu_seconds": finding.cpu_seconds}
         write_sealed(self._path(index), content)
@@ -93,14 +110,23 @@ class Survey:
         return self._folder / f"{index:05d}.json"
 
 
-def layer_view(block: nn.Module, adapter: Adapter, statistics: BlockStatistics) -> LayerView:
+def layer_view(
+    block: nn.Module, adapter: Adapter, statistics: BlockStatistics, guided: Guided | None = None
+) -> LayerView:
     """A block as a method surveys it; the block must have its weights as long as the view is in use."""
     groups = adapter.linear_groups(block)
     linears = {name: module.weight.detach().float() for group in groups for name, module in group.items()}
+    linear_stats = statistics.linear_stats()
+    if guided is not None:
+        linear_stats = add_guided(linear_stats, guided)
     bank = adapter.expert_bank(block)
     if bank is None:
-        return LayerView(linears, statistics.linear_stats())
-    blended, _ = blend_with_pool(statistics.bank_stats())
+        return LayerView(linears, linear_stats)
+    gathered = statistics.bank_stats()
+    if guided is None:
+        blended, _ = blend_with_pool(gathered)
+    else:
+        blended, _ = blend_with_pool(add_guided_bank(gathered, guided), guided.pooled)
     shared = {name: weight for name, weight in linears.items() if "shared_expert" in name}
 
     def shared_output(weights: Mapping[str, Tensor], most: int | None) -> Tensor:
@@ -108,7 +134,7 @@ def layer_view(block: nn.Module, adapter: Adapter, statistics: BlockStatistics) 
 
     return LayerView(
         linears,
-        statistics.linear_stats(),
+        linear_stats,
         bank,
         blended,
         statistics.expert_output,

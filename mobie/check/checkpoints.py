@@ -209,6 +209,8 @@ def _matrix(
     if form == "partial-binary":
         salient = header["salient"] / math.prod(header["size"])
         return tuple(header["size"]), (1 - salient) + header["bits"] * salient + 1
+    if form == "planes":
+        return tuple(header["size"]), sum(header["plane_columns"]) / header["size"][1]
     if form == "binary":
         out, columns = header["size"]
         return (out, columns), 1 + shapes["salient"][0] / columns

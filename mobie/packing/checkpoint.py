@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from mobie.errors import DataError, unknown_name
 from mobie.models import OWN_FILES
 from mobie.models.experts import EXPERT_PARAMETERS
-from mobie.packing import bank, binary, dense, grid, partial_binary, vector  # noqa: F401 (registers the formats)
+from mobie.packing import bank, binary, dense, grid, partial_binary, planes, vector  # noqa: F401 (registers the formats)
 from mobie.packing.base import FORMATS, Packed
 from mobie.packing.dense import Dense16
 from mobie.parsing import parse_json

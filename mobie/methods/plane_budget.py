@@ -1,0 +1,88 @@
+"""Which columns get how many sign planes, so that the loss suffers least within a budget of stored bytes.
+
+A plane on a column of importance d takes away `(κ_q - κ_{q+1}) d` of the expected loss (κ: the distortion of q planes)
+and costs `out` bits; a matrix with any plane also pays for its scales. With a price λ per bit, every column and every
+matrix decides alone, and the least price at which all of them together fit is found by halving (`obe.md`).
+
+Columns decide in runs of equal length, the most important first, so that whole bytes are filled and the findings of a
+large model stay small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mobie.methods.plane_fit import DISTORTION
+from mobie.packing.planes import stored_bytes
+
+RUNS = 64  # of columns that decide together, at most
+HALVINGS = 100  # of the interval of prices
+DIGITS = 5  # significant ones of an importance
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A matrix that takes part.
+
+    size:       (out, in).
+    importance: of each run of columns, falling: the sum of its columns' importances.
+    """
+
+    size: tuple[int, int]
+    importance: NDArray[np.float64]
+
+    @property
+    def run(self) -> int:
+        """Columns of a run; the last may have fewer."""
+        return run_length(self.size[1])
+
+
+def run_length(columns: int) -> int:
+    """Columns that decide together: a multiple of 8."""
+    return 8 * -(-columns // (8 * RUNS))
+
+
+def summarize(importance: Tensor) -> list[float]:
+    """Importances `(in,)` of columns as those of runs, falling, as short JSON values."""
+    runs = importance.double().sort(descending=True).values.split(run_length(len(importance)))
+    return [float(f"{run.sum().item():.{DIGITS}g}") for run in runs]
+
+
+def plane_columns(candidate: Candidate, price: float, planes: int) -> tuple[int, ...]:
+    """How many columns each plane covers where a bit costs `price`; empty where no plane is worth it."""
+    out, columns = candidate.size
+    gains = np.array([DISTORTION[q] - DISTORTION[q + 1] for q in range(planes)])
+    widths = np.minimum(candidate.run, columns - candidate.run * np.arange(len(candidate.importance)))
+    net = gains[:, None] * candidate.importance - price * out * widths  # (planes, runs)
+    taken = net > 0
+    worth = net[taken].sum() - price * 16 * out  # one float16 scale per row
+    if worth <= 0:
+        return ()
+    counts = (taken * widths).sum(axis=1)
+    return tuple(int(count) for count in counts if count)
+
+
+def share_out(candidates: Sequence[Candidate], budget: int, planes: int) -> list[tuple[int, ...]] | None:
+    """`plane_columns` of every candidate at the least price at which all fit in `budget` bytes; None: at no price."""
+
+    def at(price: float) -> list[tuple[int, ...]]:
+        return [plane_columns(candidate, price, planes) for candidate in candidates]
+
+    def fits(chosen: Sequence[tuple[int, ...]]) -> bool:
+        return sum(stored_bytes(c.size, own) for c, own in zip(candidates, chosen, strict=True)) <= budget
+
+    if not fits([()] * len(candidates)):
+        return None
+    most = max(float(np.max(c.importance / c.run)) / c.size[0] for c in candidates)
+    low, high = 0.0, most + 1.0  # no bit is worth that much
+    if fits(at(low)):
+        return at(low)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(at(middle)) else (middle, high)
+    return at(high)
