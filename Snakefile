@@ -5,6 +5,7 @@
 #   snakemake --cores all paper_figures/fig6.png results/claims.md  a figure, the verdicts
 #   snakemake --cores all --config suite=paper results/table2.csv   the paper's models, GPU and hub
 #   snakemake --cores all --config suite=paper models=olmoe-1b-7b -- results/table2.csv   of these models alone
+#   snakemake --cores all --config suite=beyond                     our method against the others, per stored bit
 #   snakemake --cores 1 results/audit.md                            the paper's tables against each other
 #   snakemake -n                                                    what would run
 #   snakemake --cores all train_nano                                train the embedded model again (hours)
@@ -29,4 +30,4 @@ include: "workflow/rules/targets.smk"
 rule all:
     default_target: True
     input:
-        needs.everything(PATHS),
+        user_error(needs.everything)(SUITE, PATHS),

@@ -161,6 +161,54 @@ class Sweep(Strict):
     )
 
 
+class Scope(Strict):
+    """Methods that quantize the same weights, compared by the bits that they store for each of these."""
+
+    label: str = Field(description="what is quantized, for people")
+    component: str | None = Field(
+        default=None,
+        description="component whose weights and bytes are counted (experts); null: all quantized ones",
+    )
+    rows: tuple[str, ...] | None = Field(
+        default=None, strict=False, description="method configs; null: the suite's, without full precision"
+    )
+    dial: tuple[str, ...] = Field(
+        default=(), strict=False, description="those of our method, one for each value of its option `budget`"
+    )
+    rivals: dict[str, str] = Field(
+        default_factory=dict, description="name that a goal calls a method by (mobie/paper/goals.yaml) → its row here"
+    )
+
+
+class Ablation(Strict):
+    """A method config and those that differ from it by one switch."""
+
+    base: str
+    variants: tuple[str, ...] = Field(strict=False)
+
+
+class Beyond(Strict):
+    """The comparison per stored bit: our method at every budget against the others, over the sweep's seeds."""
+
+    scopes: dict[str, Scope] = Field(min_length=1)
+    once: tuple[str, ...] = Field(
+        default=(), strict=False, description="rows calibrated with the suite's seed alone, since they take long"
+    )
+    ablation: Ablation | None = Field(default=None, description="switches of our method, one at a time")
+    sizes: tuple[str, ...] = Field(
+        default=(), strict=False, description="method configs calibrated on each of the sweep's sizes"
+    )
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Every method config that is named here, once."""
+        named = [name for scope in self.scopes.values() for name in (*(scope.rows or ()), *scope.dial)]
+        named += [name for scope in self.scopes.values() for name in scope.rivals.values()]
+        if self.ablation is not None:
+            named += [self.ablation.base, *self.ablation.variants]
+        return tuple(dict.fromkeys([*named, *self.once, *self.sizes]))
+
+
 class SuiteConfig(Strict):
     """Which models and methods make up the tables of a suite."""
 
@@ -191,6 +239,9 @@ class SuiteConfig(Strict):
         default_factory=dict, description="a model of the paper that the suite does not have → why"
     )
     sweep: Sweep
+    beyond: Beyond | None = Field(
+        default=None, description="comparison per stored bit; a suite with one has its tables and figures and no other"
+    )
 
     def models_of(self, target: str) -> tuple[str, ...]:
         """Models of a table or figure: configs, or names of absent models."""
@@ -354,7 +405,7 @@ def _checked_suite(name: str, layout: Layout) -> SuiteConfig:
     used_models = {name for models in suite.targets.values() for name in models} - set(suite.absent_models)
     for noun, folder, names in (
         ("model", "models", (*suite.models, *sorted(used_models))),
-        ("method", "methods", suite.methods),
+        ("method", "methods", (*suite.methods, *(suite.beyond.methods if suite.beyond else ()))),
         ("protocol", "protocols", (suite.protocol,)),
     ):
         known = config_names(folder, layout)

@@ -17,13 +17,17 @@ def log_ratio(
     texts: Sequence[str],
     *,
     seed: int | None = None,
+    reference_seed: int | None = None,
 ) -> Cell:
     """log(perplexity of `method` / perplexity of `reference`), averaged over texts.
 
     A perplexity is exp of a mean over windows, so the logarithm of the ratio is a mean of differences per window; its
     standard error is that of the mean over the same windows, texts taken as independent. A hole of either is a hole.
+
+    Seeds are the suite's unless given; a reference that no calibration changes has that one alone.
     """
-    parts = [_one_text(results, model, method, reference, text, seed) for text in texts]
+    runs = ((method, seed), (reference, reference_seed))
+    parts = [_one_text(results, model, runs, text) for text in texts]
     known = [part for part in parts if not isinstance(part, Cell)]
     if len(known) < len(parts):
         return next(part for part in parts if isinstance(part, Cell))
@@ -42,17 +46,15 @@ class _Paired:
     record: str
 
 
-def _one_text(
-    results: Results, model: Model, method: str, reference: str, text: str, seed: int | None
-) -> _Paired | Cell:
-    """The difference, or the hole that is in its place."""
+def _one_text(results: Results, model: Model, runs: Sequence[tuple[str, int | None]], text: str) -> _Paired | Cell:
+    """The difference between two runs, each a method and a seed, or the hole that is in its place."""
     name = f"{text}.perplexity"
-    cells = [results.cell(model, m, "perplexity", name, seed=seed) for m in (method, reference)]
+    cells = [results.cell(model, method, "perplexity", name, seed=seed) for method, seed in runs]
     hole = next((cell for cell in cells if cell.value is None), None)
     if hole is not None:
         return replace(hole, stderr=None, n=None)
     losses = [
-        results.details(model, m, "perplexity", seed).get("window_nll", {}).get(text) for m in (method, reference)
+        results.details(model, method, "perplexity", seed).get("window_nll", {}).get(text) for method, seed in runs
     ]
     if None in losses:
         reason = f"the record has no losses by window of {text}: it is of an older version; run its job again"

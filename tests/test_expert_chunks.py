@@ -25,6 +25,7 @@ METHODS = (
     "billm-glas-nges",
     "arb-x-cgb",
     "arb-llm",
+    "billm-experts",
     "mobie",
     "mobie-right",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from mobie.cli import main
 from mobie.config import default_layout
 from mobie.errors import DataError
 from mobie.figures.seal import seal_svg
+from mobie.goals import judge_goals
 from mobie.paths import Layout
+from mobie.report.goals import verdict_table
 from mobie.report.markdown import markdown_table
 from mobie.report.readme import PART, PARTS, fill_readme
-from mobie.results import Results
+from mobie.results import Cell, Results
 from mobie.storage import write_bytes, write_json
 from mobie.tables import build_table
 from mobie.tables.table import write_table
@@ -61,6 +64,24 @@ def test_claims_are_counted_and_listed(repository: Layout) -> None:
     with pytest.raises(DataError, match=r"claims\.json: not what the records"):
         fill_readme(repository)
     assert path.read_text() == text
+
+
+def test_goals_are_told_with_both_numbers(repository: Layout) -> None:
+    path = repository.root / "README.md"
+    path.write_text("<!-- generated: goals -->\n<!-- end -->\n")
+    with pytest.raises(DataError, match=r"goals\.md: no such file"):
+        fill_readme(repository)
+    write_table(build_table("goals", Results("beyond", repository)), repository)
+    fill_readme(repository)
+    judged = judge_goals(Results("beyond", repository))
+    assert f"| nano-olmoe, whole model | 0 | 0 | {sum(one.scope.label == 'whole model' for one in judged)} |" in (
+        path.read_text()
+    )
+    excess = next(one for one in judged if one.goal.measure == "excess")
+    lower = replace(excess, verdict="holds", ours=Cell(0.25), theirs=Cell(0.5))
+    higher = replace(excess, verdict="does not hold", ours=Cell(0.75), theirs=Cell(0.5))
+    assert "| holds: 0.250 / 0.500 |" in verdict_table([lower])
+    assert "| **does not hold**: 0.750 / 0.500 |" in verdict_table([higher])
 
 
 def test_parts_are_rewritten_and_the_rest_is_left(repository: Layout) -> None:

@@ -159,10 +159,10 @@ def _check_tables(layout: Layout, folder: Path, records: list[Stored], options: 
 
 def _check_figures(layout: Layout, options: Options, report: Report) -> None:
     """Drawn values against what the records give now."""
-    from mobie.figures import FIGURES, collect_figure
+    from mobie.figures import ALL_FIGURES, collect_figure
     from mobie.figures.figure import to_csv
 
-    for name in FIGURES:
+    for name in ALL_FIGURES:
         path = layout.figure(name, "csv")
         if not path.is_file():
             continue

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from mobie.config import SuiteConfig
 from mobie.errors import ConfigError, unknown_name
 from mobie.figures.figure import FigureData
 from mobie.paths import Layout
@@ -40,11 +41,21 @@ FIGURES = (
     "allocation",
     "expert_usage",
 )
+#: of suites with a comparison per stored bit, which have no others
+BEYOND = ("dial", "calibration_size")
+ALL_FIGURES = (*FIGURES, *BEYOND)
+
+
+def figures_of(suite: SuiteConfig) -> tuple[str, ...]:
+    """Figures that a suite consists of."""
+    if suite.beyond is None:
+        return FIGURES
+    return tuple(name for name in BEYOND if name != "calibration_size" or suite.beyond.sizes)
 
 
 def _module(name: str) -> ModuleType:
-    if name not in FIGURES:
-        raise ConfigError(unknown_name("figure", name, FIGURES))
+    if name not in ALL_FIGURES:
+        raise ConfigError(unknown_name("figure", name, ALL_FIGURES))
     return importlib.import_module(f"mobie.figures.{name}")
 
 

@@ -21,10 +21,10 @@ BAND = 1.0  # per cent around the mean in which the paper says that perplexity s
 MEAN, GRAND = "mean of seeds", "mean of all"
 
 
-def size_method(model: Model, size: int) -> str:
-    """MoBiE calibrated on a number of sequences: the plain config where that is the model's own number."""
+def size_method(model: Model, size: int, method: str = METHOD) -> str:
+    """A method calibrated on a number of sequences: the plain config where that is the model's own number."""
     own = model.config.calibration.sequences if model.config else None
-    return METHOD if size == own else method_spec(METHOD, calibration__sequences=size)
+    return method if size == own else method_spec(method, calibration__sequences=size)
 
 
 def collect(results: Results) -> FigureData:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mobie.figures.fig10 import PLUG_INS
 from mobie.figures.figure import FigureData, facts, hole, point
+from mobie.figures.places import Box, free_place
 from mobie.figures.style import INTERVAL, SMALL
 from mobie.results import Cell, Model, Results, average
 from mobie.tables import table4, table5
@@ -28,8 +29,6 @@ BACKBONES = {"fig10": "billm", "fig11": "arb-llm"}
 REFERENCE = "fp16"
 NUMBER_SIZE = SMALL
 BEYOND = 2.0  # a perplexity, or bits, of more than so many medians stand at the edge with their value written
-#: directions in which a number may stand from its point, the first that is free is taken: right, left, up, down, …
-DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
 
 
 def collect(results: Results) -> FigureData:
@@ -260,22 +259,6 @@ def _draw_front(axes: Axes, rows: Sequence[Any], edge: _Edge) -> None:
     axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=style.GREY, linewidth=1.0, zorder=1.3)
 
 
-@dataclass(frozen=True)
-class _Box:
-    """A rectangle in pixels around a centre."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-
-    def overlap(self, other: _Box) -> float:
-        """Area shared with another."""
-        across = (self.width + other.width) / 2 - abs(self.x - other.x)
-        up = (self.height + other.height) / 2 - abs(self.y - other.y)
-        return max(0.0, across) * max(0.0, up)
-
-
 def _place_numbers(axes: Axes, rows: Sequence[Any]) -> None:
     """Write each method's number where it hides the least: eight directions, then farther out with a thin line."""
     from mobie.figures import style
@@ -285,13 +268,13 @@ def _place_numbers(axes: Axes, rows: Sequence[Any]) -> None:
         return
     edge = _Edge.of(rows, PANELS[rows[0]["panel"]][1])
     spots = [tuple(axes.transData.transform(edge.place(row))) for row in rows]
-    taken = [_Box(x, y, 5 * pixel, 5 * pixel) for x, y in spots]
-    taken += [_Box(x, y, 2 * pixel, _bar_height(axes, row)) for row, (x, y) in zip(rows, spots, strict=True)]
+    taken = [Box(x, y, 5 * pixel, 5 * pixel) for x, y in spots]
+    taken += [Box(x, y, 2 * pixel, _bar_height(axes, row)) for row, (x, y) in zip(rows, spots, strict=True)]
     frame = axes.get_window_extent()
     for row, spot in zip(rows, spots, strict=True):
         text = f"{row['number']}{edge.beyond(row)}"
         size = (0.62 * NUMBER_SIZE * len(text) * pixel, NUMBER_SIZE * pixel)
-        best = _free_place(spot, size, taken, (frame.x0, frame.y0, frame.x1, frame.y1), pixel)
+        best = free_place(spot, size, taken, (frame.x0, frame.y0, frame.x1, frame.y1), pixel)
         taken.append(best)
         offset = ((best.x - spot[0]) / pixel, (best.y - spot[1]) / pixel)
         far = max(abs(part) for part in offset) > 12
@@ -309,27 +292,3 @@ def _bar_height(axes: Axes, row: Any) -> float:
         return 0.0
     (_, low), (_, high) = axes.transData.transform([(1, 0), (1, 2 * style.STDERRS * row["stderr"])])
     return high - low
-
-
-def _free_place(
-    spot: tuple[float, float],
-    size: tuple[float, float],
-    taken: Sequence[_Box],
-    frame: tuple[float, float, float, float],
-    pixel: float,
-) -> _Box:
-    """The nearest box around a spot that overlaps nothing, in a fixed order of directions; else the least bad one."""
-    left, bottom, right, top = frame
-    candidates: list[Any] = []
-    for reach in (1.0, 2.2, 3.4, 4.6):
-        for across, up in DIRECTIONS:
-            x = spot[0] + across * (3.4 * pixel + size[0] / 2) * reach
-            y = spot[1] + up * (3.4 * pixel + size[1] / 2) * reach
-            box = _Box(x, y, *size)
-            inside = left <= x - size[0] / 2 and x + size[0] / 2 <= right and bottom <= y - size[1] / 2
-            if inside and y + size[1] / 2 <= top:
-                hidden = sum(box.overlap(other) for other in taken)
-                if hidden == 0:
-                    return box
-                candidates.append((hidden, len(candidates), box))
-    return min(candidates)[2] if candidates else _Box(*spot, *size)

@@ -31,7 +31,7 @@ PLACES = 5  # decimals of a panel's place, in parts of the figure: a hundredth o
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 DARK_ORANGE, DARK_VERMILION, DARK_PURPLE = "#8A5E00", "#8F3E00", "#7A3F63"
-DARK_SKY, DARK_YELLOW = "#1F6A94", "#7D7600"
+DARK_SKY, DARK_YELLOW, DARK_GREEN = "#1F6A94", "#7D7600", "#005A42"
 GREY, PALE = "#6B6B6B", "#DCDCDC"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, YELLOW, BLACK)
 
@@ -88,6 +88,7 @@ METHODS = {
     "quantmoe": Style(DARK_PURPLE, "p", "||"),
     "mxmoe": Style(DARK_SKY, "h", "OO"),
     "pb-llm": Style(DARK_ORANGE, "<", "\\\\//"),
+    "obe": Style(DARK_GREEN, "8", "+++"),
 }
 OTHER = Style(GREY, "d", "++")  # of a method without an entry: figures of all methods number them besides
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mobie.config import config_names
+from mobie.config import config_names, load_suite
 from mobie.data.self_sampled import SELF_SAMPLED
 from mobie.data.texts import TEXTS
 from mobie.errors import ConfigError, unknown_name
-from mobie.figures import FIGURES, figure_records
+from mobie.figures import figure_records, figures_of
 from mobie.jobs.code import code_sources
 from mobie.jobs.data import windows_path
 from mobie.jobs.ebss import ordinary_keys
@@ -18,7 +18,7 @@ from mobie.jobs.keys import Keys, find_source, model_files
 from mobie.jobs.score import COMPARED, REFERENCE, benchmark_sources, hard_sources, uses_mirror
 from mobie.paths import Layout
 from mobie.sources import Source
-from mobie.tables import TABLES, table_records
+from mobie.tables import table_records, tables_of
 from mobie.verdicts import verdict_records
 
 #: names of texts that a model writes, as a regular expression
@@ -128,17 +128,24 @@ def claims_inputs(suite: str, layout: Layout, models: tuple[str, ...] | None = N
     return _of_models(verdict_records(suite, layout), models)
 
 
-def report_inputs(layout: Layout) -> list[Path]:
+def _tables_and_figures(suite: str, layout: Layout) -> list[Path]:
+    config = load_suite(suite, layout)
+    tables = [layout.table(name, "csv") for name in tables_of(config)]
+    return [*tables, *(layout.figure(name, "svg") for name in figures_of(config))]
+
+
+def report_inputs(suite: str, layout: Layout) -> list[Path]:
     """The report reads every record by itself, logs too; what it is made of is named so that it comes last."""
-    tables = [layout.table(name, "csv") for name in TABLES]
-    figures = [layout.figure(name, "svg") for name in FIGURES]
     claims = [layout.table("claims", suffix) for suffix in CLAIMS]
-    return [*tables, *figures, *claims, *(layout.table("audit", suffix) for suffix in AUDIT)]
+    audit = [layout.table("audit", suffix) for suffix in AUDIT]
+    return [*_tables_and_figures(suite, layout), *claims, *audit]
 
 
-def everything(layout: Layout) -> list[Path]:
-    """What the rule `all` asks for."""
-    return [*report_inputs(layout), layout.report]
+def everything(suite: str, layout: Layout) -> list[Path]:
+    """What the rule `all` asks for: of a comparison per stored bit no verdicts on the paper and no report."""
+    if load_suite(suite, layout).beyond is not None:
+        return _tables_and_figures(suite, layout)
+    return [*report_inputs(suite, layout), layout.report]
 
 
 #: suffixes of the files that a target consists of

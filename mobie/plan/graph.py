@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mobie.config import load_suite
 from mobie.errors import ConfigError, unknown_name
-from mobie.figures import FIGURES
+from mobie.figures import ALL_FIGURES, figures_of
 from mobie.jobs import needs
 from mobie.jobs.ebss import KIND as EXPERT_USAGE
 from mobie.jobs.gate import KIND as GATE
@@ -25,7 +25,7 @@ from mobie.jobs.speed import speed_inputs
 from mobie.jobs.stale import SCORERS
 from mobie.paths import Layout
 from mobie.sources import Source, load_sources
-from mobie.tables import TABLES
+from mobie.tables import ALL_TABLES, tables_of
 
 Wildcards = Mapping[str, str]
 #: what a wildcard may be; anything without a slash otherwise
@@ -33,8 +33,8 @@ WILDCARDS = {name: r"\d+" for name in ("seed", "sequences", "length")} | {
     "protocol": r"[0-9a-f]+",
     "read_text": rf"(?!{needs.WRITTEN}-n)[^/]+",
     "written_text": needs.WRITTEN,
-    "table": "|".join(TABLES),
-    "figure": "|".join(FIGURES),
+    "table": "|".join(ALL_TABLES),
+    "figure": "|".join(ALL_FIGURES),
 }
 
 
@@ -140,9 +140,10 @@ class Graph:
 
     def _no_rule(self, path: Path, asked: str) -> str:
         if asked and path == self.layout.root / asked:
+            suite = load_suite(self.suite, self.layout)
             known = [rule.name for rule in self.rules if not _names(rule)]
-            known += [self._relative(self.layout.table(name, "csv")) for name in TABLES]
-            known += [self._relative(self.layout.figure(name, "svg")) for name in FIGURES]
+            known += [self._relative(self.layout.table(name, "csv")) for name in tables_of(suite)]
+            known += [self._relative(self.layout.figure(name, "svg")) for name in figures_of(suite)]
             return f"{unknown_name('target', asked, known)} (a file that the workflow makes, or the name of a rule)"
         return f"{self._relative(path)}: no such file, and no rule makes it; {asked} needs it"
 
@@ -259,8 +260,8 @@ class Graph:
             Rule("figure", figures, lambda wildcards: needs.figure_inputs(wildcards["figure"], suite, layout, models)),
             Rule("claims", claims, lambda _: needs.claims_inputs(suite, layout, models)),
             Rule("audit", audit, _nothing),
-            Rule("report", (layout.report,), lambda _: needs.report_inputs(layout)),
-            Rule("all", (), lambda _: needs.everything(layout)),
+            Rule("report", (layout.report,), lambda _: needs.report_inputs(suite, layout)),
+            Rule("all", (), lambda _: needs.everything(suite, layout)),
         )
 
 

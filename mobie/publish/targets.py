@@ -7,22 +7,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mobie.figures import FIGURES, write_figure
+from mobie.config import load_suite
+from mobie.figures import ALL_FIGURES, figures_of, write_figure
 from mobie.paper.audit import audit, to_json, to_markdown
 from mobie.paths import PACKAGE, Layout
 from mobie.provenance import code_hash
 from mobie.report.build import write_report
 from mobie.results import Results
 from mobie.storage import write_text
-from mobie.tables import TABLES, build_table
+from mobie.tables import ALL_TABLES, build_table, tables_of
 from mobie.tables.table import write_table
 from mobie.verdicts import judge, write_claims
 
 #: tables and figures are imported by name when they are asked for, so they are listed
 MODULES = (
     "mobie.publish.targets",
-    *(f"mobie.tables.{name}" for name in TABLES),
-    *(f"mobie.figures.{name}" for name in FIGURES),
+    *(f"mobie.tables.{name}" for name in ALL_TABLES),
+    *(f"mobie.figures.{name}" for name in ALL_FIGURES),
 )
 
 
@@ -41,17 +42,18 @@ def build_targets(suite: str, layout: Layout) -> Iterator[tuple[str, list[Path]]
         DataError: a record is damaged.
         StorageError: the system refused to write.
     """
-    count = len(TABLES) + len(FIGURES) + 3
+    config = load_suite(suite, layout)
+    count = len(tables_of(config)) + len(figures_of(config)) + 3
     yield from tqdm(_built(suite, layout), "build", count, unit="target", disable=None, leave=False)
 
 
 def _built(suite: str, layout: Layout) -> Iterator[tuple[str, list[Path]]]:
     results = Results(suite, layout)
-    for name in TABLES:
+    for name in tables_of(results.suite):
         yield name, write_table(build_table(name, results), layout)
     yield "claims", write_claims(judge(results), layout)
     yield "audit", _write_audit(layout)
-    for name in FIGURES:
+    for name in figures_of(results.suite):
         yield name, write_figure(name, results)
     yield "report", [write_report(suite, layout, tidy=_as_it_is)]
 

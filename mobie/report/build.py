@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobie.comparable import comparability, gated_models
-from mobie.figures import FIGURES, collect_figure, figure_records
+from mobie.config import config_names, load_suite
+from mobie.figures import collect_figure, figure_records, figures_of
 from mobie.figures.figure import FigureData, to_csv
 from mobie.figures.seal import read_svg
 from mobie.paper.audit import audit
@@ -26,7 +28,7 @@ from mobie.report.record_view import Tidy, path_stripper, record_view
 from mobie.report.svg import inline_svg
 from mobie.results import Results
 from mobie.storage import write_text
-from mobie.tables import TABLES, build_table, table_records
+from mobie.tables import build_table, table_records, tables_of
 from mobie.verdicts import MEANING, judge, verdict_records
 from mobie.verdicts.write import INTERVALS
 
@@ -59,8 +61,9 @@ class FigureView:
 
 def report_records(suite: str, layout: Layout) -> list[Path]:
     """The records that the report of a suite reads: those of its tables, figures and verdicts."""
-    found = [path for name in TABLES for path in table_records(name, suite, layout)]
-    found += [path for name in FIGURES for path in figure_records(name, suite, layout)]
+    config = load_suite(suite, layout)
+    found = [path for name in tables_of(config) for path in table_records(name, suite, layout)]
+    found += [path for name in figures_of(config) for path in figure_records(name, suite, layout)]
     return list(dict.fromkeys([*found, *verdict_records(suite, layout)]))
 
 
@@ -84,9 +87,10 @@ def build_report(suite: str, layout: Layout, tidy: Tidy | None = None) -> str:
     results = Results(suite, layout)
     tidy = tidy or path_stripper(layout.root.resolve(), Path.home())
     verdicts = judge(results)
-    tables = [table_view(build_table(name, results), tidy) for name in TABLES]
-    figures = {name: figure_view(collect_figure(name, results), layout) for name in FIGURES}
-    records = [record_view(path, layout, tidy) for path in sorted(results.asked)]
+    shown = [results, *comparisons(suite, layout)]
+    tables = [table_view(build_table(name, one), tidy) for one in shown for name in tables_of(one.suite)]
+    figures = {name: figure_view(collect_figure(name, one), layout) for one in shown for name in figures_of(one.suite)}
+    records = [record_view(path, layout, tidy) for path in sorted(path for one in shown for path in one.asked)]
     return (
         environment(tidy)
         .get_template("report.html")
@@ -110,9 +114,20 @@ def build_report(suite: str, layout: Layout, tidy: Tidy | None = None) -> str:
     )
 
 
+def comparisons(suite: str, layout: Layout) -> Iterator[Results]:
+    """Other suites that compare per stored bit and have records: a suite's page shows their tables and figures too."""
+    for name in config_names("suites", layout):
+        config = load_suite(name, layout)
+        if name != suite and config.beyond is not None:
+            asked = [path for table in tables_of(config) for path in table_records(table, name, layout)]
+            if any(path.exists() for path in asked):
+                yield Results(name, layout)
+
+
 def suite_warnings(results: Results) -> list[str]:
     """What a reader must know before any number: which models these are, and how small the samples."""
-    models = {model.name: model for name in (*TABLES, *FIGURES) for model in results.models(name)}
+    targets = (*tables_of(results.suite), *figures_of(results.suite))
+    models = {model.name: model for name in targets for model in results.models(name)}
     found = [
         f"**{model.label}**: {model.config.notes}" for model in models.values() if model.config and model.config.notes
     ]

@@ -25,27 +25,27 @@ PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", 
 JOBS = ("quantize", "perplexity", "tasks", "routing")
 
 
-def _checked(path: Path, expected: str) -> str:
-    """Text of a file, which is to be what the records of the default suite give now.
+def _checked(path: Path, expected: str, suite: str = "smoke") -> str:
+    """Text of a file, which is to be what the records of a suite give now.
 
     Raises:
         DataError: it is damaged, older than the records, or of another suite.
     """
     if path.read_text(encoding="utf-8", errors="replace") != expected:
         raise DataError(
-            f"{path}: not what the records of the default suite give; delete it and make it again with "
-            "`snakemake --cores all`"
+            f"{path}: not what the records of the suite {suite} give; delete it and make it again with "
+            f"`snakemake --cores all --config suite={suite}`"
         )
     return expected
 
 
-def _table(name: str, layout: Layout) -> str:
-    """A table of the default suite as Markdown."""
+def _table(name: str, layout: Layout, suite: str = "smoke") -> str:
+    """A table of a suite as Markdown."""
     from mobie.results import Results
     from mobie.tables import build_table
     from mobie.tables.table import to_markdown
 
-    return _checked(layout.table(name, "md"), to_markdown(build_table(name, Results("smoke", layout))))
+    return _checked(layout.table(name, "md"), to_markdown(build_table(name, Results(suite, layout))), suite)
 
 
 def _table2(layout: Layout) -> str:
@@ -144,11 +144,49 @@ def _cell(text: str) -> str:
 
 
 def _pareto(layout: Layout) -> str:
-    """The figure of accuracy and perplexity against stored bits, copied to where it is committed."""
-    picture = layout.readme_figure("pareto", "svg")
-    write_bytes(picture, read_svg(layout.figure("pareto", "svg")))
-    where = picture.relative_to(layout.root).as_posix()
-    return f"![Quality against bits really stored, every method and setting, with the Pareto front]({where})\n"
+    """The figure of accuracy and perplexity against stored bits."""
+    return _picture(
+        "pareto", "Quality against bits really stored, every method and setting, with the Pareto front", layout
+    )
+
+
+def _picture(name: str, words: str, layout: Layout) -> str:
+    """A figure, copied to where it is committed."""
+    picture = layout.readme_figure(name, "svg")
+    write_bytes(picture, read_svg(layout.figure(name, "svg")))
+    return f"![{words}]({picture.relative_to(layout.root).as_posix()})\n"
+
+
+def _goals(layout: Layout) -> str:
+    """What our method was to reach, and whether it does."""
+    from mobie.goals import judge_goals
+    from mobie.report.goals import counts_table, verdict_table
+    from mobie.results import Results
+
+    text = _table("goals", layout, "beyond")
+    judged = judge_goals(Results("beyond", layout))
+    folded = _folded("Every goal with its numbers", re.sub(r"^#", "####", text, flags=re.MULTILINE))
+    return "\n".join([counts_table(judged), verdict_table(judged), folded])
+
+
+def _dial(layout: Layout) -> str:
+    """Excess loss against stored bits, by calibration size, and the numbers behind the first."""
+    pictures = [
+        _picture("dial", "Excess loss over full precision against stored bits, with 95 % intervals", layout),
+        _picture("calibration_size", "Excess loss by the size of the calibration sample", layout),
+    ]
+    table = re.sub(r"^#", "####", _table("beyond", layout, "beyond"), flags=re.MULTILINE)
+    return "\n".join([*pictures, _folded("The numbers", table)])
+
+
+def _ablation(layout: Layout) -> str:
+    """What each part of our method is worth."""
+    lines = _table("ablation", layout, "beyond").splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("#", "- "))).strip() + "\n"
+
+
+def _folded(summary: str, text: str) -> str:
+    return f"<details><summary>{summary}</summary>\n\n{text}\n</details>\n"
 
 
 def _sensitivity(layout: Layout) -> str:
@@ -175,15 +213,15 @@ def _kernels(layout: Layout) -> str:
 
 def _speed(layout: Layout) -> str:
     """The table of timings, under the README's own headings."""
-    text = _table("speed", layout)
-    return (
-        "<details><summary>The table</summary>\n\n" + re.sub(r"^#", "####", text, flags=re.MULTILINE) + "\n</details>\n"
-    )
+    return _folded("The table", re.sub(r"^#", "####", _table("speed", layout), flags=re.MULTILINE))
 
 
 PARTS: dict[str, Callable[[Layout], str]] = {
+    "ablation": _ablation,
     "audit": _audit,
     "claims": _claims,
+    "dial": _dial,
+    "goals": _goals,
     "kernels": _kernels,
     "nano": _nano,
     "pareto": _pareto,

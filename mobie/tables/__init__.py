@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mobie.comparable import TABLES as GATED
 from mobie.comparable import comparability
+from mobie.config import SuiteConfig
 from mobie.errors import ConfigError, unknown_name
 from mobie.paths import Layout
 from mobie.results import Results
@@ -32,6 +33,16 @@ TABLES = (
     "speed",
     "gate",
 )
+#: of suites with a comparison per stored bit, which have no others
+BEYOND = ("beyond", "goals", "ablation")
+ALL_TABLES = (*TABLES, *BEYOND)
+
+
+def tables_of(suite: SuiteConfig) -> tuple[str, ...]:
+    """Tables that a suite consists of."""
+    if suite.beyond is None:
+        return TABLES
+    return tuple(name for name in BEYOND if name != "ablation" or suite.beyond.ablation is not None)
 
 
 def build_table(name: str, results: Results) -> Table:
@@ -41,8 +52,8 @@ def build_table(name: str, results: Results) -> Table:
         ConfigError: unknown name.
         DataError: a record is damaged.
     """
-    if name not in TABLES:
-        raise ConfigError(unknown_name("table", name, TABLES))
+    if name not in ALL_TABLES:
+        raise ConfigError(unknown_name("table", name, ALL_TABLES))
     table: Table = importlib.import_module(f"mobie.tables.{name}").build(results)
     if name not in GATED:
         return table

@@ -1,6 +1,6 @@
 # Tables and figures: records in, files out; seconds, no model. What a target reads is asked of the code that builds it.
-from mobie.figures import FIGURES
-from mobie.tables import TABLES
+from mobie.figures import ALL_FIGURES
+from mobie.tables import ALL_TABLES
 
 
 localrules:
@@ -24,7 +24,7 @@ rule table:
     log:
         PATHS.log("tables", "{table}"),
     wildcard_constraints:
-        table="|".join(TABLES),
+        table="|".join(ALL_TABLES),
     threads: 1
     params:
         suite=SUITE,
@@ -41,7 +41,7 @@ rule figure:
     log:
         PATHS.log("figures", "{figure}"),
     wildcard_constraints:
-        figure="|".join(FIGURES),
+        figure="|".join(ALL_FIGURES),
     threads: 1
     params:
         suite=SUITE,
@@ -68,7 +68,7 @@ rule claims:
 # The report reads every record by itself, logs too; what it is made of is declared so that it comes last.
 rule report:
     input:
-        needs.report_inputs(PATHS),
+        user_error(needs.report_inputs)(SUITE, PATHS),
     output:
         PATHS.report,
     log:
