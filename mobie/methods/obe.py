@@ -125,7 +125,7 @@ class AllottedOBE(Method):
 
     def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
         """Quantize the block's only Linear."""
-        (name,) = self.linears
+        name = next(iter(self.linears), "")
         return self.quantize_group({name: weight}, {name: stats})[name]
 
     def quantize_group(self, weights: Mapping[str, Tensor], stats: Mapping[str, LinearStats]) -> dict[str, Packed]:
@@ -242,20 +242,18 @@ class OBE(AllocatingMethod):
         if self.allocation == "global":
             chosen = share_out(candidates, int(self.budget * sum(weights) / 8), self.planes)
         else:
-            alone = [
-                share_out([c], int(self.budget * n / 8), self.planes) for c, n in zip(candidates, weights, strict=True)
-            ]
-            chosen = None if None in alone else [own[0] for own in alone if own is not None]
-        if chosen is None:
-            least = sum(stored_bytes(candidate.size, ()) for candidate in candidates)
-            raise UnsupportedError(
-                f"obe: budget is {self.budget} stored bits per weight; this model takes at least "
-                f"{8 * least / sum(weights):.3f} for the planes of each column, none at all"
-            )
+            alone = zip(candidates, weights, strict=True)
+            chosen = [share_out([c], int(self.budget * n / 8), self.planes)[0] for c, n in alone]
         total = sum(stored_bytes(c.size, own) for c, own in zip(candidates, chosen, strict=True))
+        full = sum(stored_bytes(c.size, (c.size[1],) * self.planes) for c in candidates)
+        if full < self.budget * sum(weights) / 8:
+            raise UnsupportedError(
+                f"obe: budget is {self.budget} stored bits per weight; {self.planes} planes for every column take "
+                f"{8 * full / sum(weights):.3f}, expected no more than that"
+            )
         account = {
             "budget": self.budget,
-            "reached": 8 * total / sum(weights),
+            "reached": 8 * total / max(1, sum(weights)),
             "matrices": len(candidates),
             "matrices_without_planes": sum(not own for own in chosen),
         }

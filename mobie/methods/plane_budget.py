@@ -67,8 +67,8 @@ def plane_columns(candidate: Candidate, price: float, planes: int) -> tuple[int,
     return tuple(int(count) for count in counts if count)
 
 
-def share_out(candidates: Sequence[Candidate], budget: int, planes: int) -> list[tuple[int, ...]] | None:
-    """`plane_columns` of every candidate at the least price at which all fit in `budget` bytes; None: at no price."""
+def share_out(candidates: Sequence[Candidate], budget: int, planes: int) -> list[tuple[int, ...]]:
+    """`plane_columns` of every candidate at the least price at which all fit in `budget` bytes."""
 
     def at(price: float) -> list[tuple[int, ...]]:
         return [plane_columns(candidate, price, planes) for candidate in candidates]
@@ -76,9 +76,7 @@ def share_out(candidates: Sequence[Candidate], budget: int, planes: int) -> list
     def fits(chosen: Sequence[tuple[int, ...]]) -> bool:
         return sum(stored_bytes(c.size, own) for c, own in zip(candidates, chosen, strict=True)) <= budget
 
-    if not fits([()] * len(candidates)):
-        return None
-    most = max(float(np.max(c.importance / c.run)) / c.size[0] for c in candidates)
+    most = max((float(np.max(c.importance / c.run)) / c.size[0] for c in candidates), default=0.0)
     low, high = 0.0, most + 1.0  # no bit is worth that much
     if fits(at(low)):
         return at(low)
