@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mobie.config import SPEC_MARK, Ablation
+from mobie.config import Ablation
 from mobie.errors import ConfigError
 from mobie.excess import comparison, difference, excess, stored_bits
 from mobie.results import Model, Results
@@ -52,16 +52,10 @@ def _columns(results: Results) -> tuple[Column, ...]:
     )
 
 
-def _switch(results: Results, name: str) -> str:
-    """What a row changes: the options in its name where it is a variant of a config, else the config's own words."""
-    changes = name.split(SPEC_MARK)[1:]
-    return ", ".join(changes) if changes else results.method(name).description
-
-
 def _row(results: Results, model: Model, plan: Ablation, name: str) -> Row:
     cells = {STORED.key: stored_bits(results, model, name, None)}
     cells |= {column: excess(results, model, name, texts) for column, texts in texts_of(results).items()}
-    texts = {"switch": _switch(results, name)}
+    texts = {"switch": results.method(name).description}
     if name != plan.base:
         found, reach = difference(results, model, name, plan.base, results.protocol.texts)
         known = found.value is not None
