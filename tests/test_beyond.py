@@ -321,6 +321,13 @@ def test_other_suites_have_the_papers_tables(layout: Layout) -> None:
         build_table("beyond", Results("smoke", layout))
 
 
+def test_the_suites_seed_is_one_of_the_seeds(layout: Layout) -> None:
+    path = layout.config_file("suites", SUITE)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"seed": 7}))
+    with pytest.raises(ConfigError, match=r"seed 7 is none of sweep.seeds \[0, 1, 2\]"):
+        load_suite(SUITE, layout)
+
+
 def test_files_hold_values_and_holes_and_are_the_same_every_time(layout: Layout) -> None:
     full(layout)
     results = Results(SUITE, layout)
