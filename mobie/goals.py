@@ -139,41 +139,52 @@ def _excess(results: Results, known: Judged) -> Judged:
     return replace(found, verdict=_verdict(kept), texts=f"{sum(map(bool, by_text))} of {len(by_text)}")
 
 
+@dataclass(frozen=True)
+class _Other:
+    """Another row on one text: bits that it stores, its loss less ours, and the reach of that difference's interval."""
+
+    name: str
+    text: str
+    stored: Cell
+    above: Cell
+    reach: float
+
+    @property
+    def margin(self) -> float:
+        """The upper end of the interval; below zero the other's loss is lower for sure."""
+        return math.inf if self.above.value is None else self.above.value + self.reach
+
+
 def _unbeaten(results: Results, known: Judged) -> Judged:
-    """The nearest other row: the one whose loss, its interval added, is the least above ours on any text."""
-    model, component = known.model, known.scope.component
+    """Every other row that stores as much or less, on every text; the two numbers are of the one that comes nearest."""
+    model, texts, component = known.model, results.protocol.texts, known.scope.component
     size = stored_bits(results, model, known.method, component)
-    nearest, beaten, hole = math.inf, set(), size if size.value is None else None
-    found = known
-    for name in rows_of(results, known.scope):
-        if name in known.scope.dial:
-            continue
-        other = stored_bits(results, model, name, component)
-        for text in results.protocol.texts:
-            above, reach = difference(results, model, name, known.method, (text,))
-            ours, theirs = (excess(results, model, row, (text,)) for row in (known.method, name))
-            if other.value is None or size.value is None:
-                hole = hole or other
-            elif other.value <= size.value:
-                if above.value is None:
-                    hole = hole or above
-                    continue
-                if above.value + reach < 0:
-                    beaten.add(text)
-                if above.value + reach < nearest:
-                    nearest = above.value + reach
-                    against = f"{results.method(name).label} on {text}"
-                    found = replace(found, ours=ours, theirs=theirs, against=against)
-    count = len(results.protocol.texts)
-    if beaten:
-        return replace(found, verdict="does not hold", texts=f"{count - len(beaten)} of {count}")
-    if hole is not None:
-        return replace(found, ours=hole, theirs=hole, against="", verdict="not measured")
-    if math.isinf(nearest):
-        ours = excess(results, model, known.method, results.protocol.texts)
+    mean = excess(results, model, known.method, texts)
+    others = [
+        _Other(
+            name,
+            text,
+            stored_bits(results, model, name, component),
+            *difference(results, model, name, known.method, (text,)),
+        )
+        for name in rows_of(results, known.scope)
+        for text in texts
+        if name not in known.scope.dial
+    ]
+    as_small = [one for one in others if (one.stored.value or 0.0) <= (size.value or math.inf)]
+    cells = [size, mean, *(cell for one in as_small for cell in (one.stored, one.above))]
+    hole = next((cell for cell in cells if cell.value is None), None)
+    beaten = {one.text for one in as_small if one.margin < 0}
+    nearest = min(as_small, key=lambda one: one.margin, default=None)
+    if hole is not None and not beaten:
+        return replace(known, ours=hole, theirs=hole)
+    found = replace(known, verdict=_verdict(not beaten), texts=f"{len(texts) - len(beaten)} of {len(texts)}")
+    if nearest is None:
         nothing = Cell(None, status="absent", reason="no other row stores as little")
-        found = replace(found, ours=ours, theirs=nothing)
-    return replace(found, verdict="holds", texts=f"{count} of {count}")
+        return replace(found, ours=mean, theirs=nothing)
+    ours, theirs = (excess(results, model, name, (nearest.text,)) for name in (known.method, nearest.name))
+    against = f"{results.method(nearest.name).label} on {nearest.text}"
+    return replace(found, ours=ours, theirs=theirs, against=against)
 
 
 def _routing(results: Results, known: Judged) -> Judged:

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mobie.config import load_suite
 from mobie.errors import DataError
-from mobie.figures import FIGURES, collect_figure
+from mobie.figures import FIGURES, collect_figure, figures_of
 from mobie.figures.figure import to_csv
 from mobie.figures.seal import seal_svg
 from mobie.paths import PACKAGE, Layout
@@ -27,7 +28,7 @@ from mobie.report.build import TEMPLATES, build_report, report_records
 from mobie.report.record_view import log_tail, path_stripper, shortened
 from mobie.report.svg import inline_svg
 from mobie.results import Results
-from mobie.tables import TABLES
+from mobie.tables import TABLES, tables_of
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 EVIL = "failed </script><b id='evil'>&amp; \"quoted\" 'so'</b> <!-- "
@@ -171,6 +172,21 @@ def test_without_any_record_everything_is_a_hole_with_its_reason(repository: Lay
     assert "snakemake --cores 1 paper_figures/fig6.svg" in page.visible
     assert {record["status"] for record in page.records.values()} == {"missing"}
     assert "not a verdict" in page.visible
+
+
+def test_a_comparison_per_stored_bit_is_shown_once_it_has_records(repository: Layout) -> None:
+    shown = {*tables_of(load_suite("beyond", repository)), *figures_of(load_suite("beyond", repository))}
+    ids = {attributes.get("id") for _, attributes in Page(build_report("smoke", repository)).elements}
+    assert shown.isdisjoint(ids)
+    path = repository.record("beyond", "nano-olmoe", "billm", 0, "quantize")
+    bits = (Measurement("bits_stored", 2.9625, None, 99),)
+    write_record(path, Record("quantize", "ok", None, "beyond", "nano-olmoe", "billm", 0, "p", bits))
+    page = Page(build_report("smoke", repository))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert {*TABLES, *FIGURES, *shown} <= set(ids)
+    assert len(ids) == len(set(ids))
+    assert "2.962" in page.visible
+    assert page.records[path.relative_to(repository.root).as_posix()]["status"] == "ok"
 
 
 def test_ids_are_unique_and_inner_links_lead_somewhere(page: Page) -> None:

@@ -16,7 +16,7 @@ import yaml
 from mobie.config import load_method, load_suite, method_classes
 from mobie.data.self_sampled import SELF_SAMPLED
 from mobie.errors import ConfigError
-from mobie.figures import FIGURES, figure_records
+from mobie.figures import FIGURES, figure_records, figures_of
 from mobie.jobs import stale
 from mobie.jobs.keys import Keys, model_files
 from mobie.jobs.methods import method_modules
@@ -24,7 +24,7 @@ from mobie.jobs.score import REFERENCE
 from mobie.paths import PACKAGE, Layout
 from mobie.plan.graph import Graph
 from mobie.records import Record, write_record
-from mobie.tables import TABLES, table_records
+from mobie.tables import TABLES, table_records, tables_of
 from mobie.verdicts import verdict_records
 
 
@@ -77,6 +77,20 @@ def test_a_suite_resolves_whole_without_torch(repository: Layout, no_torch: Path
     runs = {path.parent for path in wanted - usage}
     references = {path.parents[2] / REFERENCE / path.parent.name for path in wanted if path.name == "routing.json"}
     assert jobs["quantize"] == len(runs | references)
+
+
+def test_the_comparison_per_stored_bit_resolves_whole(repository: Layout) -> None:
+    jobs = planned(snakemake(repository.root, "-n", "--config", "suite=beyond"))
+    config = load_suite("beyond", repository)
+    assert Counter(job.rule.name for job in Graph(repository, "beyond").jobs(["all"])) == {
+        name: count for name, count in jobs.items() if name != "total"
+    }
+    assert jobs["table"] == len(tables_of(config)) and jobs["figure"] == len(figures_of(config))
+    assert {"score_tasks", "claims", "report"}.isdisjoint(jobs)
+    wanted = {path for name in tables_of(config) for path in table_records(name, "beyond", repository)}
+    wanted |= {path for name in figures_of(config) for path in figure_records(name, "beyond", repository)}
+    for kind in ("perplexity", "routing"):
+        assert jobs[f"score_{kind}"] == sum(path.name == f"{kind}.json" for path in wanted), kind
 
 
 def test_table2_of_the_smoke_suite_needs_its_own_records_only(repository: Layout) -> None:

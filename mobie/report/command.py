@@ -14,11 +14,13 @@ from mobie.options import SUITE, verb
 def table_command(name: str, suite: str) -> None:
     """Build a table of a suite (table1 … table11, sensitivity, speed, gate) from the records that exist.
 
-    What is missing is a hole with its reason. Needs no model.
+    The suite `beyond` has tables of its own: beyond, goals, ablation. What is missing is a hole with its reason. No
+    model is needed.
 
     \b
     python -m mobie table table2
     python -m mobie table table10 --suite paper
+    python -m mobie table goals --suite beyond
     """
     set_environment()
     from mobie.config import default_layout
@@ -37,11 +39,13 @@ def table_command(name: str, suite: str) -> None:
 def figure_command(name: str, suite: str) -> None:
     """Draw a figure of a suite (fig1 … fig11, pareto, diagnostics, allocation) from the records that exist.
 
-    What is missing is a visible hole with its reason. Needs no model.
+    The suite `beyond` has figures of its own: dial, calibration_size. What is missing is a visible hole with its
+    reason. Needs no model.
 
     \b
     python -m mobie figure fig6
     python -m mobie figure pareto
+    python -m mobie figure dial --suite beyond
     """
     set_environment()
     from mobie.config import default_layout
