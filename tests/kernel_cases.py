@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from mobie.packing.bank import GATE_UP, PackedBank, SymmetricRows
 from mobie.packing.base import Packed
 from mobie.packing.binary import BinaryMatrix, Segment
 from mobie.packing.dense import Dense16
+from mobie.packing.planes import PlaneMatrix
 
 
 def random_segment(
@@ -67,6 +70,33 @@ def random_matrix(
         residual,
         0.5 + torch.rand(columns, generator=generator) if column_factor else None,
     )
+
+
+def random_planes(rows: int, counts: Sequence[int] | Tensor, generator: torch.Generator) -> PlaneMatrix:
+    """A matrix of sign planes with `counts` planes per column; row scales and ratios of both signs."""
+    planes = max(1, int(max(counts)))
+    sign = torch.randint(0, 2, (rows,), generator=generator) * 2 - 1
+    most = int(max(counts))
+    return PlaneMatrix.pack(
+        torch.randn(planes, rows, len(counts), generator=generator),
+        sign * (0.5 + torch.rand(rows, generator=generator)),
+        torch.randn(most * (most + 1) // 2, generator=generator),
+        torch.as_tensor(counts),
+    )
+
+
+def random_plane_experts(
+    experts: int, hidden: int, width: int, *, most: int = 4, seed: int = 0
+) -> dict[str, PackedBank]:
+    """A layer's experts in sign planes: the first has none, of the others every column 0 … `most`, more or fewer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def bank(out: int, columns: int) -> PackedBank:
+        tops = [most * e // max(1, experts - 1) for e in range(experts)]
+        counts = [torch.randint(top + 1, (columns,), generator=generator) for top in tops]
+        return PackedBank(tuple(random_planes(out, own, generator) for own in counts))
+
+    return {"gate": bank(width, hidden), "up": bank(width, hidden), "down": bank(hidden, width)}
 
 
 def random_bank(

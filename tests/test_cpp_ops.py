@@ -7,13 +7,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from kernel_cases import exact_bank, exact_panel, exact_signs, random_experts, random_matrix
+from kernel_cases import (
+    exact_bank,
+    exact_panel,
+    exact_signs,
+    random_experts,
+    random_matrix,
+    random_plane_experts,
+    random_planes,
+)
 from torch import Tensor
 
 from mobie.kernels import twins
@@ -106,6 +115,30 @@ def test_grouped_product_equals_the_twin(ops: ModuleType, activations: str, per_
         o.binary_grouped(bank, x, groups, pairs=80, pairs_per_row=2, activations=activations) for o in (ops, twins)
     )
     one_code = x.abs().max() / 127 * bank.column_scale.max() * bank.row_scale.max() * 2  # a sign of one group
+    assert_twin(out, expected, activations, one_code.item())
+
+
+@pytest.mark.parametrize("most", range(5))
+@pytest.mark.parametrize("rows, columns", [(1, 3), (17, 130), (70, 641)])
+def test_sign_planes_equal_float64(ops: ModuleType, rows: int, columns: int, most: int) -> None:
+    packed = random_planes(rows, torch.randint(most + 1, (columns,), generator=generator(most)), generator())
+    x = torch.randn(5, columns, generator=generator())
+    out = ops.binary_grouped(lay_out_linear(packed), x, one_group(5, 16, "cpu"), pairs=5, pairs_per_row=1)
+    dense, inputs = packed.dequantize().double().numpy(), x.double().numpy()
+    positive = replace(packed, row_scale=packed.row_scale.abs(), ratio=packed.ratio.abs())
+    together = replace(positive, signs=torch.full_like(packed.signs, 255)).dequantize().double().numpy()
+    assert_near(out[:, 0], inputs @ dense.T, np.abs(inputs) @ together.T)
+
+
+@pytest.mark.parametrize("activations", ["16bit", "int8"])
+def test_a_layer_of_sign_planes_is_what_the_twins_make_of_it(ops: ModuleType, activations: str) -> None:
+    bank = lay_out_experts(random_plane_experts(4, 300, 40), "silu").gate_up
+    x, index = torch.randn(6, 300, generator=generator()), torch.randint(4, (6, 2), generator=generator())
+    groups = ops.group_pairs(index, 4, 16)
+    out, expected = (
+        o.binary_grouped(bank, x, groups, pairs=12, pairs_per_row=2, activations=activations) for o in (ops, twins)
+    )
+    one_code = x.abs().max() / 127 * bank.column_scale.abs().max() * bank.row_scale.abs().max() * 2
     assert_twin(out, expected, activations, one_code.item())
 
 

@@ -30,7 +30,7 @@ METHODS = (
     "mobie-right",
 )
 METHODS += ("mobie-fused", "mobie-matrix-scope", "mobie-none", "mobie-sigma2", "mobie-triangular-feedback")
-METHODS += ("quantmoe-2.3", "mxmoe-2.25", "mxmoe-2.25+sensitivity=gptq")
+METHODS += ("quantmoe-2.3", "mxmoe-2.25", "mxmoe-2.25+sensitivity=gptq", "obe-1.5", "obe-1.5-sign-sweeps")
 METHODS += (
     "nowag",
     "nowag+codebook_bits=5",

@@ -10,7 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import exact_bank, exact_panel, random_bank, random_experts, random_matrix
+from kernel_cases import (
+    exact_bank,
+    exact_panel,
+    random_bank,
+    random_experts,
+    random_matrix,
+    random_plane_experts,
+    random_planes,
+)
 from surveyed import fixed
 from test_method_contract import CONFIGS, layer
 
@@ -37,6 +45,7 @@ from mobie.packing.dense import Dense16
 
 TRUNCATED = ["mobie+rank=17", "mobie-right+rank=17"]  # the layer is smaller than the rank of mobie-truncated
 MOBIE = [name for name in CONFIGS if name.startswith("mobie")] + TRUNCATED
+OBE = [name for name in CONFIGS if name.startswith("obe")]
 OTHERS = ["fp16", "rtn-w3", "gptq-w2-g128", "awq-w3", "pb-llm-10"]
 OTHERS += ["billm", "billm-glas-nges", "arb", "arb-rc", "arb-x-cgb"]
 
@@ -84,8 +93,8 @@ def assert_near(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("config", MOBIE)
-def test_layout_of_every_mobie_variant_is_what_is_stored(config: str) -> None:
+@pytest.mark.parametrize("config", MOBIE + OBE)
+def test_layout_of_every_variant_is_what_is_stored(config: str) -> None:
     packed = quantized(config)
     layout = lay_out_experts(packed, "silu")
     for found, expected in zip(laid_out_experts(layout), stored_experts(packed), strict=True):
@@ -130,6 +139,37 @@ def test_shapes_that_are_no_multiple_of_anything(hidden: int, width: int, kind: 
         assert_near(found, expected)
     assert layout.gate_up.extra % 32 == 0
     assert (layout.gate_up.extra == 0) == (most_salient == 0)
+
+
+@pytest.mark.parametrize("hidden, width", [(1, 1), (7, 130), (128, 16), (300, 129)])
+@pytest.mark.parametrize("most", range(5))
+def test_sign_planes_of_any_shape(hidden: int, width: int, most: int) -> None:
+    """Experts without planes beside others with up to `most` in a column."""
+    packed = random_plane_experts(3, hidden, width, most=most)
+    layout = lay_out_experts(packed, "silu")
+    for found, expected in zip(laid_out_experts(layout), stored_experts(packed), strict=True):
+        assert_near(found, expected)
+    assert layout.gate_up.extra % 32 == 0
+    assert (layout.gate_up.extra == 0) == (most <= 1)
+    assert not layout.gate_up.column_scale[0].any() and not layout.gate_up.row_scale[0].any()
+
+
+def test_sign_planes_have_a_place_for_every_further_plane_of_a_column() -> None:
+    """Columns of 2, 0, 1, 3 and 1 planes: three places."""
+    bank = lay_out_linear(random_planes(9, [2, 0, 1, 3, 1], torch.Generator().manual_seed(0)))
+    assert isinstance(bank, BinaryBank)
+    assert bank.extra_columns[0, 0].tolist() == [0, 3, 3, *[0] * 29]
+    assert bank.extra_column_scale[0, 0].bool().sum() == 3
+    assert bank.column_scale[0, 0].bool().nonzero().flatten().tolist() == [0, 2, 3, 4]
+
+
+def test_experts_of_few_planes_take_the_memory_of_the_one_with_most() -> None:
+    generator = torch.Generator().manual_seed(0)
+    few, many = (random_planes(128, [planes] * 128, generator) for planes in (1, 4))
+    layout = lay_out_experts(dict.fromkeys(("gate", "up", "down"), PackedBank((few, many))), "silu")
+    own, largest = (lay_out_linear(matrix).nbytes for matrix in (few, many))
+    assert layout.nbytes == 6 * largest
+    assert largest == own + 3 * 128 * (128 // 8 + 6)
 
 
 def test_bits_are_the_stored_ones() -> None:

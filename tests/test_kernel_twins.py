@@ -9,7 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import exact_bank, exact_panel, exact_signs, random_experts, random_matrix
+from kernel_cases import (
+    exact_bank,
+    exact_panel,
+    exact_signs,
+    random_experts,
+    random_matrix,
+    random_plane_experts,
+    random_planes,
+)
 from torch import Tensor
 
 from mobie.kernels.layout import BinaryBank, BinaryTensors, Panel, lay_out_experts, lay_out_linear, one_group
@@ -280,6 +288,28 @@ def test_binary_bank_serves_a_linear() -> None:
     x = noise(21, 300)
     found = binary_grouped(bank, x, one_group(21, 16, "cpu"), pairs=21, pairs_per_row=1)
     assert_near(found[:, 0], exact(x) @ packed.dequantize().double().numpy().T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("most", range(5))
+def test_sign_planes_serve_a_linear(most: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(most)
+    packed = random_planes(13, torch.randint(most + 1, (300,), generator=generator), generator)
+    x = noise(21, 300, dtype=dtype)
+    found = binary_grouped(lay_out_linear(packed), x, one_group(21, 16, "cpu"), pairs=21, pairs_per_row=1)
+    assert_near(found[:, 0], exact(x) @ packed.dequantize().double().numpy().T)
+
+
+@pytest.mark.parametrize("activations, tolerance", [("16bit", 2e-6), ("int8", 2e-2)])
+def test_sign_planes_of_experts(activations: str, tolerance: float) -> None:
+    """One expert without planes, one without tokens; with int8 only plane 0 is rounded."""
+    packed = random_plane_experts(5, 300, 7)
+    bank, index, x = lay_out_experts(packed, "silu").gate_up, random_index(9, 3, 5), noise(9, 300)
+    found = binary_grouped(bank, x, group_pairs(index, 5, 4), pairs=27, pairs_per_row=3, activations=activations)
+    dense = np.stack([packed[name].dequantize().double().numpy() for name in ("gate", "up")], axis=1)
+    expected = np.stack([dense[e] @ exact(x)[p // 3] for p, e in enumerate(index.flatten().tolist())])
+    assert (index == 0).any() and not expected[index.flatten().numpy() == 0].any()
+    assert_near(found, expected, tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

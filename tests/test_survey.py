@@ -17,11 +17,12 @@ from mobie.calibration.statistics import BlockStatistics
 from mobie.calibration.store import ActivationStore, Memory
 from mobie.calibration.stream import Stream, enter_first_block
 from mobie.methods.allocation import AllocatingMethod, LayerView
-from mobie.methods.base import Method
+from mobie.methods.base import LinearStats, Method
 from mobie.methods.rtn import RTN
 from mobie.models.base import ARCHITECTURES
 from mobie.models.weights import StreamedModel
 from mobie.packing.checkpoint import block_path, load_block
+from mobie.packing.grid import Grid
 from mobie.pipeline import batches_of, quantize
 from mobie.survey import layer_view
 
@@ -50,7 +51,7 @@ class Busiest(AllocatingMethod):
             raise Killed
         self.surveyed.append(len(self.surveyed))
         tokens = view.bank_stats.tokens["gate"] if view.bank_stats else [0]
-        return {"most": max(tokens), "linears": sorted(view.linears), "of": sum(tokens)}
+        return {"most": max(tokens), "linears": list(view.linears), "of": sum(tokens)}
 
     def allocate(self, surveys: Sequence[Mapping[str, Any]]) -> list[Method]:
         most = [found["most"] for found in surveys]
@@ -137,3 +138,55 @@ def test_outputs_of_the_experts_add_up_to_the_librarys(model_type: str, tmp_path
                 assert len(view.shared_output({}, 5)) == 5
             torch.testing.assert_close(total, torch.cat(layer).flatten(0, -2), rtol=1e-4, atol=1e-5)
             assert (view.shared_output is None) == (model_type not in SHARED)
+
+
+@dataclass(frozen=True)
+class Weighed(Busiest):
+    """Looks at loss gradients in its survey only: keeps of every block the sum of what its guided Hessians have."""
+
+    name: ClassVar[str] = "weighed"
+    guided_by: ClassVar[tuple[str, Any] | None] = ("guided", True)
+    guided: bool = True
+
+    def survey(self, view: LayerView) -> dict[str, Any]:
+        found = super().survey(view)
+        own = {name: stats.guided for name, stats in view.linear_stats.items()}
+        if view.bank_stats is not None:
+            own |= {
+                f"{name}{e}": s.guided for name, each in view.bank_stats.experts.items() for e, s in enumerate(each)
+            }
+        return found | {"guided": {n: float(h.sum(0).trace()) for n, h in own.items() if h is not None}}
+
+
+@dataclass(frozen=True)
+class Watching(RTN):
+    """Keeps the traces of the Linears' guided Hessians that the block loop gives it."""
+
+    name: ClassVar[str] = "watching"
+    guided_by: ClassVar[tuple[str, Any] | None] = ("guided", True)
+    guided: bool = True
+    traces: ClassVar[list[float]] = []
+
+    def quantize_linear(self, weight: torch.Tensor, stats: LinearStats) -> Grid:
+        assert stats.guided is not None
+        self.traces.append(float(stats.guided.sum(0).trace()))
+        return super().quantize_linear(weight, stats)
+
+
+def test_survey_is_given_the_guided_hessians_of_the_block_loop(folder: Path, tmp_path: Path) -> None:
+    Watching.traces.clear()
+    report = quantize(folder, Weighed(), TOKENS, tmp_path / "out", fingerprint="job")
+    quantize(folder, Watching(8), TOKENS, tmp_path / "loop", fingerprint="job")
+    surveyed = [block["survey"] for block in report.blocks]
+    assert [found["guided"][name] for found in surveyed for name in found["linears"]] == Watching.traces
+    assert len(Watching.traces) == 8 and min(Watching.traces) > 0
+    assert all(len(found["guided"]) > len(found["linears"]) for found in surveyed)  # those of the experts too
+
+
+def test_killed_survey_with_gradients_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        quantize(folder, Weighed(dies_at=1), TOKENS, tmp_path / "out", fingerprint="job")
+    again = quantize(folder, Weighed(), TOKENS, tmp_path / "out", fingerprint="job")
+    whole = quantize(folder, Weighed(), TOKENS, tmp_path / "whole", fingerprint="job")
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "whole")
+    assert [b["survey"]["guided"] for b in again.blocks] == [b["survey"]["guided"] for b in whole.blocks]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import random_experts, random_matrix
+from kernel_cases import random_experts, random_matrix, random_plane_experts, random_planes
 from torch import Tensor
 from torch.nn.functional import silu
 from triton_cases import DEVICE, DTYPES, SHARE, assert_near, poisoned_memory, random
@@ -19,7 +19,7 @@ from triton_cases import DEVICE, DTYPES, SHARE, assert_near, poisoned_memory, ra
 from mobie.errors import UnsupportedError
 from mobie.kernels import twins
 from mobie.kernels.experts import dense_forward, experts_forward
-from mobie.kernels.layout import BinaryTensors, DenseExperts, lay_out_experts, lay_out_linear
+from mobie.kernels.layout import BinaryTensors, DenseExperts, lay_out_experts, lay_out_linear, one_group
 from mobie.packing.bank import split_gate_up
 from mobie.packing.base import Packed
 from mobie.packing.binary import BinaryMatrix
@@ -172,6 +172,30 @@ def test_experts_are_those_of_the_packed_weights(kind: dict[str, Any]) -> None:
     out = experts_forward(layout, hidden, index, weights, ops)
     assert_near(out, _exact(packed, hidden, index, weights), share=2.0**-6)
     assert_near(out, experts_forward(layout, hidden, index, weights, twins), share=2.0**-7)
+
+
+@pytest.mark.parametrize("tokens", [4, 66])
+def test_experts_in_sign_planes_are_those_of_the_packed_weights(tokens: int) -> None:
+    """Few and many tokens; the expert without planes, and others of 1 to 4 planes a column."""
+    packed = random_plane_experts(EXPERTS, HIDDEN, WIDTH)
+    layout = lay_out_experts(packed, "silu").to(DEVICE)
+    hidden, (index, weights) = (0.05 * random(tokens, HIDDEN)).half(), _routing(tokens)
+    out = experts_forward(layout, hidden, index, weights, ops)
+    assert_near(out, _exact(packed, hidden, index, weights), share=2.0**-6)
+    assert_near(out, experts_forward(layout, hidden, index, weights, twins), share=2.0**-7)
+    rounded = [experts_forward(layout, hidden, index, weights, module, "int8") for module in (ops, twins)]
+    assert _difference(*rounded) < 1.2e-2
+
+
+@pytest.mark.parametrize("most", range(5))
+def test_linear_in_sign_planes(most: int) -> None:
+    generator = torch.Generator().manual_seed(most)
+    matrix = random_planes(37, torch.randint(most + 1, (200,), generator=generator), generator)
+    layout, dense = lay_out_linear(matrix).to(DEVICE), matrix.dequantize().double().to(DEVICE)
+    for tokens, dtype in ((5, torch.float16), (5, torch.bfloat16), (66, torch.float16)):
+        x = random(tokens, 200, dtype=dtype)
+        out = ops.binary_grouped(layout, x, one_group(tokens, 16, DEVICE), pairs=tokens, pairs_per_row=1)[:, 0]
+        assert_near(out, x.double() @ dense.T, 8 * SHARE[dtype])
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:

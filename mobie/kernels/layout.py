@@ -1,6 +1,6 @@
 """Packed weights as kernels read them: the stored bits and scales, only padded and stacked over experts.
 
-    stored, expert e      plain signs  (1, rows, ceil(columns/8))          extra signs  (1, rows, ceil(salient/8))
+    stored, expert e      plain signs  (rows, ceil(columns/8))             extra signs  (rows, ceil(places/8))
     BinaryBank            signs        (experts, parts, rows, bytes)       extra_signs  (experts, parts, rows, extra/8)
 
     bytes: a multiple of 16, so that a row is whole runs of 128 columns; extra: a multiple of 32, the same for all
@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mobie.errors import UnsupportedError
+from mobie.kernels.bank_matrix import BankMatrix
 from mobie.packing.bank import GATE_UP, PackedBank, Side, SymmetricRows
 from mobie.packing.base import Packed
 from mobie.packing.binary import BinaryMatrix, Segment
 from mobie.packing.dense import Dense16
+from mobie.packing.planes import PlaneMatrix
 
 GROUP = 128  # columns that share one activation scale on the int8 path; rows are padded to whole groups
 EXTRA_STEP = 32  # the number of second-order columns is rounded up to a multiple of this
@@ -74,7 +76,7 @@ class OnDevice:
 
 @dataclass(frozen=True)
 class BinaryBank(OnDevice):
-    """Binary matrices of one group, without means, with a residual second order on some columns (MoBiE's format).
+    """Matrices of signs with one magnitude group and no means: MoBiE's format and OBE's (`kernels.bank_matrix`).
 
         value[e, p, i, j] = row_scale[e, p, i, j // block_size] · column_scale[e, p, j] · sign[e, p, i, j]
 
@@ -84,7 +86,7 @@ class BinaryBank(OnDevice):
     row_scale:          `(experts, parts, rows, blocks)` float16.
     column_scale:       `(experts, parts, 8·bytes)` float16; 0 on spare columns.
     extra_signs:        `(experts, parts, rows, extra/8)` uint8; extra a multiple of 32, possibly 0.
-    extra_columns:      `(experts, parts, extra)` int32; 0 at spare places.
+    extra_columns:      `(experts, parts, extra)` int32, a column as often as it has further signs; 0 at spare places.
     extra_row_scale:    `(experts, parts, rows, blocks)` float16.
     extra_column_scale: `(experts, parts, extra)` float16; 0 at spare places.
     columns:            columns of the matrices, without the spare ones.
@@ -238,16 +240,20 @@ def lay_out_linear(packed: Packed) -> BinaryBank | BinaryTensors | Panel:
     Raises:
         UnsupportedError: no kernel reads this format.
     """
+    if isinstance(packed, PlaneMatrix):
+        return _stack_bank([[packed]])
     if isinstance(packed, BinaryMatrix):
         return _stack_bank([[packed]]) if _why_no_bank(packed) is None else _binary_tensors(packed)
     if isinstance(packed, SymmetricRows | Dense16) and len(packed.shape) == 2:
         return _panel(packed)
-    raise UnsupportedError(f"a Linear stored as {packed.format!r}; the kernels read binary, int8 and 16-bit matrices")
+    raise UnsupportedError(
+        f"a Linear stored as {packed.format!r}; the kernels read binary, sign-plane, int8 and 16-bit matrices"
+    )
 
 
 def _require_bank(packed: Packed) -> PackedBank:
     if not isinstance(packed, PackedBank):
-        raise UnsupportedError(f"experts stored as {packed.format!r}; the kernels read banks of binary matrices")
+        raise UnsupportedError(f"experts stored as {packed.format!r}; the kernels read banks of matrices of signs")
     return packed
 
 
@@ -310,64 +316,47 @@ def _why_no_bank(matrix: Packed) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _require_fitting(matrix: Packed) -> BinaryMatrix:
+def _bank_matrix(matrix: Packed) -> BankMatrix:
+    """A stored matrix of a bank. Raises UnsupportedError for one that does not fit."""
+    if isinstance(matrix, PlaneMatrix):
+        return BankMatrix.of_planes(matrix)
     reason = _why_no_bank(matrix)
     if reason is not None or not isinstance(matrix, BinaryMatrix):
         raise UnsupportedError(
-            f"experts {reason}; the grouped kernels read binary matrices with one group, no mean, a residual "
-            f"second order (MoBiE's) and scale blocks of a multiple of {GROUP} columns"
+            f"experts {reason}; the grouped kernels read sign planes (OBE's), and binary matrices with one group, no "
+            f"mean, a residual second order (MoBiE's) and scale blocks of a multiple of {GROUP} columns"
         )
-    return matrix
+    return BankMatrix.of_binary(matrix)
 
 
 def _stack_bank(parts: Sequence[Sequence[Packed]]) -> BinaryBank:
-    """Bank of `parts[p][e]`."""
-    matrices = [_require_fitting(matrix) for experts in parts for matrix in experts]
-    first = matrices[0]
-    shapes = {matrix.shape for matrix in matrices}
-    sizes = {matrix.block_size for matrix in matrices}
-    if len(shapes) > 1 or len(sizes) > 1:
+    """Bank of `parts[p][e]`.
+
+    All experts get as many places of extra signs as the one with most, so that one launch reads them all. A place takes
+    `rows / 8 + 6` bytes, whether an expert has something there or not: where one expert of a layer has four planes in
+    all columns, every one of them takes the memory of four. So does plane 0 in columns that have none.
+    """
+    matrices = [[_bank_matrix(matrix) for matrix in experts] for experts in parts]
+    every = [matrix for experts in matrices for matrix in experts]
+    if len({(matrix.shape, matrix.block_size) for matrix in every}) > 1:
         raise UnsupportedError("experts, or gate and up, of different shapes; the kernels read them as one bank")
-    padded = -(-first.size[1] // GROUP) * GROUP
-    most = max(len(matrix.salient) for matrix in matrices)
-    extra = -(-most // EXTRA_STEP) * EXTRA_STEP
+    columns, block_size = every[0].columns, every[0].block_size
+    padded = -(-columns // GROUP) * GROUP
+    extra = -(-max(matrix.places for matrix in every) // EXTRA_STEP) * EXTRA_STEP
+    widths = {"signs": padded // BYTE, "column_scale": padded}
+    widths |= {"extra_signs": extra // BYTE, "extra_columns": extra, "extra_column_scale": extra}
 
-    def stack(tensor_of: Any) -> Tensor:  # (experts, parts, ...)
-        return torch.stack([torch.stack([tensor_of(m) for m in experts]) for experts in parts], dim=1).contiguous()
+    def stack(name: str) -> Tensor:  # (experts, parts, ...)
+        own = [torch.stack([_widen(getattr(matrix, name), widths.get(name)) for matrix in each]) for each in matrices]
+        return torch.stack(own, dim=1).contiguous()
 
-    return BinaryBank(
-        signs=stack(lambda m: _widen(m.plain.signs[0], padded // BYTE)),
-        row_scale=stack(lambda m: m.plain.row_scale[0, 0]),
-        column_scale=stack(lambda m: _widen(_column_scale(m.plain, m.size[1]), padded)),
-        extra_signs=stack(lambda m: _extra_signs(m, extra // BYTE)),
-        extra_columns=stack(lambda m: _widen(m.salient.int(), extra)),
-        extra_row_scale=stack(lambda m: (m.plain if m.extra is None else m.extra).row_scale[0, 0]),
-        extra_column_scale=stack(lambda m: _extra_column_scale(m, extra)),
-        columns=first.size[1],
-        block_size=padded if first.block_size >= first.size[1] else first.block_size,
-    )
+    tensors = {name: stack(name) for name in BinaryBank.__annotations__ if name not in ("columns", "block_size")}
+    return BinaryBank(**tensors, columns=columns, block_size=padded if block_size >= columns else block_size)
 
 
-def _widen(tensor: Tensor, width: int) -> Tensor:
-    """Zeros at the end of the last dimension."""
-    return pad(tensor, (0, width - tensor.shape[-1]))
-
-
-def _column_scale(segment: Segment, columns: int) -> Tensor:
-    if segment.column_scale is None:
-        return segment.row_scale.new_ones(columns)
-    return segment.column_scale[0, 0]
-
-
-def _extra_signs(matrix: BinaryMatrix, width: int) -> Tensor:
-    signs = matrix.plain.signs.new_zeros(matrix.size[0], 0) if matrix.extra is None else matrix.extra.signs[0]
-    return _widen(signs, width)
-
-
-def _extra_column_scale(matrix: BinaryMatrix, width: int) -> Tensor:
-    if matrix.extra is None:
-        return matrix.plain.row_scale.new_zeros(width)
-    return _widen(_column_scale(matrix.extra, len(matrix.salient)), width)
+def _widen(tensor: Tensor, width: int | None) -> Tensor:
+    """Zeros at the end of the last dimension, where a width is given."""
+    return tensor if width is None else pad(tensor, (0, width - tensor.shape[-1]))
 
 
 def _binary_tensors(matrix: BinaryMatrix) -> BinaryTensors:
