@@ -59,7 +59,7 @@ def layout(repository: Layout) -> Layout:
         "ablation": {"base": DIAL[1.5], "variants": [f"{DIAL[1.5]}+sensitivity=gptq"]},
         "sizes": ["arb-llm"],
     }
-    repository.config_file("suites", SUITE).write_text(yaml.safe_dump(suite))
+    repository.config_file("suites", SUITE).write_text(yaml.safe_dump(suite, sort_keys=False))
     run(repository, "fp16", (0.0,))
     return repository
 
