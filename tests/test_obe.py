@@ -213,8 +213,6 @@ def test_importance_is_what_zeroing_a_column_adds() -> None:
 def test_columns_of_a_plane_are_the_most_important_ones() -> None:
     importance = torch.tensor([[1.0, 5.0, 3.0, 5.0], [4.0, 3.0, 2.0, 1.0]])
     counts = counts_of(importance, [Allotment(4, (3, 1)), Allotment(4, ())])
-        torch.tensor([[1.0, 5.0, 3.0, 5.0], [4.0, 3.0, 2.0, 1.0]]), [Allotment(4, (3, 1)), Allotment(4, ())]
-    )
     assert counts.tolist() == [[0, 2, 1, 1], [0, 0, 0, 0]]  # of equal ones the first
 
 
