@@ -412,6 +412,11 @@ def _checked_suite(name: str, layout: Layout) -> SuiteConfig:
         for used in names:
             if used.split(SPEC_MARK)[0] not in known:
                 raise ConfigError(f"{path}: {unknown_name(noun, used, known)}")
+    if suite.beyond is not None and suite.seed not in suite.sweep.seeds:
+        raise ConfigError(
+            f"{path}: seed {suite.seed} is none of sweep.seeds {list(suite.sweep.seeds)}; expected one of them, with "
+            "which rows that are calibrated once are compared"
+        )
     texts = load_protocol(suite.protocol, layout).texts
     if suite.wikitext2_text not in texts:
         raise ConfigError(f"{path}: wikitext2_text: {unknown_name('text', suite.wikitext2_text, texts)}")

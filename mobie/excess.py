@@ -70,21 +70,22 @@ def stored_bits(results: Results, model: Model, method: str, component: str | No
     return replace(whole, value=found["stored"], n=found["weights"])
 
 
-def excess_by_seed(results: Results, model: Model, method: str, texts: Sequence[str]) -> dict[int, Cell]:
-    """Seed → excess loss, averaged over texts; its standard error is over windows."""
-    return {seed: log_ratio(results, model, method, REFERENCE, texts, seed=seed) for seed in seeds_of(results, method)}
-
-
 def excess(results: Results, model: Model, method: str, texts: Sequence[str]) -> Cell:
     """Excess loss, averaged over texts and seeds; its standard error and n are over seeds."""
-    return over_seeds(list(excess_by_seed(results, model, method, texts).values()))
+    runs = [log_ratio(results, model, method, REFERENCE, texts, seed=seed) for seed in seeds_of(results, method)]
+    return over_seeds(runs)
+
+
+def first_hole(cells: Sequence[Cell]) -> Cell | None:
+    """The first of the cells that has no value, with its reason alone; None where all have one."""
+    return next((replace(cell, stderr=None, n=None) for cell in cells if cell.value is None), None)
 
 
 def over_seeds(cells: Sequence[Cell]) -> Cell:
     """Mean of cells that differ by their seed, a hole unless all are there; no standard error where there is one."""
-    hole = next((cell for cell in cells if cell.value is None), None)
+    hole = first_hole(cells)
     if hole is not None:
-        return replace(hole, stderr=None, n=None)
+        return hole
     values = [cell.value for cell in cells if cell.value is not None]
     n, mean = len(values), math.fsum(values) / len(values)
     if n == 1:
@@ -146,19 +147,15 @@ def least_similarity(results: Results, model: Model, method: str, rival: str) ->
 
 def less(ours: Cell, theirs: Cell) -> Cell:
     """Difference of two values; a hole of either is a hole."""
-    for cell in (ours, theirs):
-        if cell.value is None:
-            return replace(cell, stderr=None, n=None)
-    assert ours.value is not None and theirs.value is not None
+    if ours.value is None or theirs.value is None:
+        return first_hole((ours, theirs)) or ours
     return Cell(ours.value - theirs.value, record=ours.record)
 
 
 def ratio(ours: Cell, theirs: Cell) -> Cell:
     """Quotient of two means; a hole of either is a hole, and there is none of a method without excess."""
-    for cell in (ours, theirs):
-        if cell.value is None:
-            return replace(cell, stderr=None, n=None)
-    assert ours.value is not None and theirs.value is not None
+    if ours.value is None or theirs.value is None:
+        return first_hole((ours, theirs)) or ours
     if theirs.value <= 0:
         return Cell(None, status="unsupported", reason="the other method loses nothing", record=theirs.record)
     return Cell(ours.value / theirs.value, record=ours.record)

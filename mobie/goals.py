@@ -16,6 +16,7 @@ from mobie.excess import (
     comparison,
     difference,
     excess,
+    first_hole,
     least_similarity,
     ratio,
     rows_of,
@@ -173,7 +174,7 @@ def _unbeaten(results: Results, known: Judged) -> Judged:
     ]
     as_small = [one for one in others if (one.stored.value or 0.0) <= (size.value or math.inf)]
     cells = [size, mean, *(cell for one in as_small for cell in (one.stored, one.above))]
-    hole = next((cell for cell in cells if cell.value is None), None)
+    hole = first_hole(cells)
     beaten = {one.text for one in as_small if one.margin < 0}
     nearest = min(as_small, key=lambda one: one.margin, default=None)
     if hole is not None and not beaten:

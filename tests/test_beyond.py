@@ -15,7 +15,7 @@ from mobie.config import load_suite
 from mobie.errors import ConfigError
 from mobie.excess import difference, over_seeds
 from mobie.figures import BEYOND as BEYOND_FIGURES
-from mobie.figures import collect_figure, figure_records, figures_of, write_figure
+from mobie.figures import collect_figure, figure_records, figures_of, render, write_figure
 from mobie.goals import Judged, judge_goals, load_goals
 from mobie.paths import Layout
 from mobie.records import Measurement, Record, write_record
@@ -321,6 +321,13 @@ def test_other_suites_have_the_papers_tables(layout: Layout) -> None:
         build_table("beyond", Results("smoke", layout))
 
 
+def test_the_suites_seed_is_one_of_the_seeds(layout: Layout) -> None:
+    path = layout.config_file("suites", SUITE)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"seed": 7}))
+    with pytest.raises(ConfigError, match=r"seed 7 is none of sweep.seeds \[0, 1, 2\]"):
+        load_suite(SUITE, layout)
+
+
 def test_files_hold_values_and_holes_and_are_the_same_every_time(layout: Layout) -> None:
     full(layout)
     results = Results(SUITE, layout)
@@ -340,6 +347,16 @@ def test_files_hold_values_and_holes_and_are_the_same_every_time(layout: Layout)
     sizes = {line["x"]: line for line in read(layout.figure("calibration_size", "csv"))}
     assert sizes["128"]["config"] == "arb-llm" and float(sizes["128"]["y"]) == pytest.approx(0.4)
     assert sizes["8"]["config"] == "arb-llm+calibration.sequences=8" and sizes["8"]["reason"] == "its job has not run"
+
+
+@pytest.mark.parametrize(("least", "scale"), [(0.01, "log"), (-0.01, "linear")])
+def test_a_row_that_loses_nothing_has_a_place_in_the_figure(layout: Layout, least: float, scale: str) -> None:
+    run(layout, "billm", (0.4, 0.5, 0.6), stored=2.96)
+    run(layout, DIAL[2.0], (least,) * 3)
+    axes, empty = render(collect_figure("dial", Results(SUITE, layout))).axes
+    assert axes.get_yscale() == scale
+    assert axes.get_ylim()[0] < least
+    assert not empty.lines  # nothing of the experts has run
 
 
 def full(layout: Layout) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ def collect(results: Results) -> FigureData:
         "Excess loss by stored bits",
         f"Mean excess loss over full precision on {', '.join(f'`{text}`' for text in results.protocol.texts)} against "
         "the bits stored per weight, every byte counted; of experts only, per weight of an expert. The line is our "
-        "method at its budgets. Bars: 95 % t-intervals over calibration seeds; a hollow marker is a row with one seed.",
+        "method at its budgets. Bars: 95 % t-intervals over calibration seeds; a hollow marker is a row with one seed. The "
+        "upright axis is logarithmic where every row loses something.",
         tuple(
             row
             for model in models
@@ -85,10 +87,11 @@ def _draw_panel(axes: Axes, rows: Sequence[Any]) -> bool:
     if not known:
         style.hole(axes, style.reason(rows[0]) if rows else "no row")
         return False
-    ours = sorted((row for row in known if row["dial"]), key=lambda row: row["x"])
-    if ours:
+    ours = [row for row in rows if row["dial"]]
+    if ours:  # holes interrupt the line
+        line = [(row["x"], row["y"]) if row["y"] is not None else (math.nan, math.nan) for row in ours]
         how = style.method_style(ours[0]["config"])
-        axes.plot([row["x"] for row in ours], [row["y"] for row in ours], color=how.color, linewidth=1.4, zorder=2)
+        axes.plot(*zip(*line, strict=True), color=how.color, linewidth=1.4, zorder=2)
     for row in known:
         how = style.method_style(row["config"])
         if row["reach"] is not None:
@@ -98,14 +101,29 @@ def _draw_panel(axes: Axes, rows: Sequence[Any]) -> bool:
         axes.plot(
             row["x"], row["y"], how.marker, color=how.color, markerfacecolor=fill, markersize=POINTS + 1, zorder=3
         )
-    highest = max(row["y"] + (row["reach"] or 0) for row in known)
-    axes.set_ylim(min(0.0, *(row["y"] for row in known)), 1.12 * highest)
-    axes.margins(x=0.12)
+    _scale(axes, known)
     missing = [row["series"] for row in rows if row["y"] is None]
     if missing:
         place = {"transform": axes.transAxes, "ha": "right", "va": "top", "size": style.SMALL, "color": style.GREY}
-        axes.text(0.99, 0.99, style.fit(f"not there: {'; '.join(missing)}", 1.6, 0.8), **place)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+        axes.text(0.99, 0.99, style.fit(f"not there: {'; '.join(missing)}", 1.6, 0.8), bbox=box, zorder=1.5, **place)
     return True
+
+
+def _scale(axes: Axes, rows: Sequence[Any]) -> None:
+    """A logarithmic axis with plain numbers; one from zero where a row loses nothing, so that all have a place."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    values, tops = [row["y"] for row in rows], [row["y"] + (row["reach"] or 0) for row in rows]
+    axes.margins(x=0.12)
+    if min(values) <= 0:
+        axes.set_ylim(1.12 * min(0.0, *values), 1.12 * max(tops))
+        return
+    axes.set_yscale("log")  # an interval that reaches zero ends at the edge
+    axes.set_ylim(min(values) / 1.6, max(tops) * 1.3)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _place_names(axes: Axes, rows: Sequence[Any]) -> None:
@@ -115,10 +133,11 @@ def _place_names(axes: Axes, rows: Sequence[Any]) -> None:
     pixel = axes.figure.dpi / 72
     spots = [tuple(axes.transData.transform((row["x"], row["y"]))) for row in rows]
     taken = [Box(x, y, POINTS * pixel, POINTS * pixel) for x, y in spots]
-    for row, (x, y) in zip(rows, spots, strict=True):
+    for row, (x, _) in zip(rows, spots, strict=True):
         if row["reach"] is not None:
-            (_, low), (_, high) = axes.transData.transform([(1, 0), (1, 2 * row["reach"])])
-            taken.append(Box(x, y, 2 * pixel, high - low))
+            bottom = max(row["y"] - row["reach"], axes.get_ylim()[0])
+            (_, low), (_, high) = axes.transData.transform([(1, bottom), (1, row["y"] + row["reach"])])
+            taken.append(Box(x, (low + high) / 2, 2 * pixel, high - low))
     taken += _along([spot for row, spot in zip(rows, spots, strict=True) if row["dial"]], pixel)
     frame = axes.get_window_extent()
     first = min((row["x"] for row in rows if row["dial"]), default=None)
