@@ -95,12 +95,13 @@ def _filled(
     """The choice with further runs for matrices that have planes, the best gain per bit first, while bytes are left."""
     waiting = {index: _next_runs(c, own, planes) for index, (c, own) in enumerate(zip(candidates, chosen, strict=True))}
     while fits := [
-        (worth, -index, own) for index, runs in waiting.items() for worth, size, own in runs if size <= spare
+        (worth, -index, own) for index, runs in waiting.items() for worth, extra, own in runs if extra <= spare
     ]:
-        _, place, own = max(fits)
-        spare -= stored_bytes(candidates[-place].size, own) - stored_bytes(candidates[-place].size, chosen[-place])
-        chosen[-place] = own
-        waiting[-place] = _next_runs(candidates[-place], own, planes)
+        _, negative, own = max(fits)  # of equal ones the first
+        index, size = -negative, candidates[-negative].size
+        spare -= stored_bytes(size, own) - stored_bytes(size, chosen[index])
+        chosen[index] = own
+        waiting[index] = _next_runs(candidates[index], own, planes)
     return chosen
 
 
