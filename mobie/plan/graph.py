@@ -216,7 +216,8 @@ class Graph:
         windows = layout.windows("{suite}", "{model}", "{text}", "{protocol}")
         return (
             Rule("mirror", (layout.mirror_stamp,), lambda _: [wheel]),
-            Rule("train_nano", (layout.nano_record,), lambda _: [training, wheel]),
+            Rule("train_nano", (layout.nano_record("nano-olmoe"),), lambda _: [training, wheel]),
+            Rule("train_nano_qwen2_moe", (layout.nano_record("nano-qwen2-moe"),), lambda _: [training, wheel]),
             Rule("calibrate", (calibration,), with_text, "calibrate"),
             Rule("self_sample", (own_text,), written, "self_sample"),
             Rule("windows", (windows,), with_text, "windows"),
