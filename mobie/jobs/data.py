@@ -1,4 +1,4 @@
-"""Prepare what was fetched: benchmark mirror, calibration tokens, token windows, embedded model."""
+"""Prepare what was fetched: benchmark mirror, calibration tokens, token windows, embedded models."""
 
 from __future__ import annotations
 

@@ -28,6 +28,8 @@ from mobie.sources import Source, load_sources
 from mobie.tables import TABLES
 
 Wildcards = Mapping[str, str]
+#: rules that train an embedded model, and which
+TRAINED = {"train_nano": "nano-olmoe", "train_nano_qwen2_moe": "nano-qwen2-moe"}
 #: what a wildcard may be; anything without a slash otherwise
 WILDCARDS = {name: r"\d+" for name in ("seed", "sequences", "length")} | {
     "protocol": r"[0-9a-f]+",
@@ -216,8 +218,7 @@ class Graph:
         windows = layout.windows("{suite}", "{model}", "{text}", "{protocol}")
         return (
             Rule("mirror", (layout.mirror_stamp,), lambda _: [wheel]),
-            Rule("train_nano", (layout.nano_record("nano-olmoe"),), lambda _: [training, wheel]),
-            Rule("train_nano_qwen2_moe", (layout.nano_record("nano-qwen2-moe"),), lambda _: [training, wheel]),
+            *(Rule(rule, (layout.nano_record(model),), lambda _: [training, wheel]) for rule, model in TRAINED.items()),
             Rule("calibrate", (calibration,), with_text, "calibrate"),
             Rule("self_sample", (own_text,), written, "self_sample"),
             Rule("windows", (windows,), with_text, "windows"),

@@ -8,9 +8,9 @@ rule train_nano:
         PATHS.nano_record("nano-olmoe"),
     log:
         PATHS.log("train-nano"),
+    threads: lambda _: workflow.cores  # asked for only where the job runs: on a cluster there is no such number
     params:
         model="nano-olmoe",
-    threads: lambda _: workflow.cores  # asked for only where the job runs: on a cluster there is no such number
     shell:
         "{MOBIE} train-nano --model {params.model} --threads {threads} > {log} 2>&1"
 
