@@ -96,6 +96,8 @@ def write_manifest_anew(folder: Path) -> None:
 def test_every_method_loads_with_the_logits_of_the_dequantized_model(config: str, small: Path, tmp_path: Path) -> None:
     method = {"mobie-truncated": "mobie+rank=8"}.get(config, config)  # 128 of its config is beyond a tiny model
     options = {"iterations": 1, "budget": 3.5}  # few; and what the attention of a tiny model leaves
+    if config.startswith("obe"):  # its budget has no lower end
+        del options["budget"]
     method += "".join(f"+{n}={v}" for n, v in options.items() if n in load_method(method).build().options)
     quantize(small, load_method(method).build(), random_tokens(1, 12), tmp_path, fingerprint="job")
     assert_as_dequantized(tmp_path)
