@@ -159,6 +159,19 @@ def test_kernels_compute_the_same_from_packed_bits(activations: str, tolerance: 
     assert not any(module._dense for module in packed_modules(model).values())
 
 
+@pytest.mark.parametrize(("activations", "tolerance"), [("16bit", 1e-5), ("int8", 0.03)])
+def test_kernels_read_sign_planes_of_every_linear_and_expert(
+    activations: str, tolerance: float, tmp_path: Path
+) -> None:
+    folder = checkpoint_of("olmoe", tmp_path, "obe-1.5")
+    model = load(folder, quantization_config=MobieConfig(compute="kernels", activations=activations))
+    expected = logits(load_model(folder)[0])
+    difference = float((logits(model) - expected).norm() / expected.norm())
+    assert difference < tolerance and (difference > 1e-4) == (activations == "int8")
+    assert all(module.kernel is not None for module in packed_modules(model).values())
+    assert not any(module._dense for module in packed_modules(model).values())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto"])
 def test_dtype_casts_what_is_kept_and_no_scale(dtype: torch.dtype | str, finished: Path) -> None:
     model = load(finished, dtype, device_map="cpu", experts_implementation="eager", low_cpu_mem_usage=True)
