@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_pipeline import TOKENS, weight_files
 from tiny import make_model, save_model
@@ -248,6 +248,7 @@ def test_at_a_price_no_other_planes_cost_less(seed: int, price: float) -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000), st.floats(0.4, 3.5))
+@example(496, 0.578125)  # where the next matrix in turn does not fit
 def test_shared_out_bytes_are_within_a_hundredth_below_the_budget(seed: int, bits: float) -> None:
     sizes = [(256, 256)] * 6 + [(128, 256), (256, 128)] * 12
     candidates = candidates_of(seed, sizes)

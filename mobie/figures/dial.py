@@ -28,8 +28,8 @@ def collect(results: Results) -> FigureData:
         "Excess loss by stored bits",
         f"Mean excess loss over full precision on {', '.join(f'`{text}`' for text in results.protocol.texts)} against "
         "the bits stored per weight, every byte counted; of experts only, per weight of an expert. The line is our "
-        "method at its budgets. Bars: 95 % t-intervals over calibration seeds; a hollow marker is a row with one seed. The "
-        "upright axis is logarithmic where every row loses something.",
+        "method at its budgets. Bars: 95 % t-intervals over calibration seeds; a hollow marker is a row with one seed. "
+        "The upright axis is logarithmic where every row loses something.",
         tuple(
             row
             for model in models
