@@ -205,7 +205,7 @@ class OBE(AllocatingMethod):
     name: ClassVar[str] = "obe"
     guided_by: ClassVar[tuple[str, Any] | None] = ("importance", "loss")
     gradient_options: ClassVar[tuple[str, ...]] = ()
-    seconds_per_weight: ClassVar[float] = 7e-7
+    seconds_per_weight: ClassVar[float] = 8.2e-7
     stored_bits: ClassVar[float | str] = "budget"
     stores_signs: ClassVar[bool] = True
 
