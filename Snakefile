@@ -9,6 +9,7 @@
 #   snakemake --cores 1 results/audit.md                            the paper's tables against each other
 #   snakemake -n                                                    what would run
 #   snakemake --cores all train_nano                                train the embedded model again (hours)
+#   snakemake --cores all train_nano_qwen2_moe                      train the one with a shared expert again (an hour)
 #
 # `python -m mobie plan [TARGET] [--config suite=paper]` says beforehand what it takes, `python -m mobie doctor` what is here.
 # A rule calls one verb of `python -m mobie`; `python -m mobie VERB --help` explains it.

@@ -67,6 +67,10 @@ class Rows(FormedStats):
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def leave_gradients_out(self) -> None:
+        """From now on without guided Hessians: a survey has read them, and the method that follows does not."""
+        self._weights, self._pooled = None, replace(self._pooled, guided=None)
+
     def form(self, expert: int, device: torch.device) -> LinearStats:
         began = time.process_time(), time.perf_counter()
         weights = None if self._weights is None else self._weights[expert].to(device)
@@ -223,6 +227,9 @@ def measure(name: str, shape: Mapping[str, int], device: torch.device) -> dict[s
     if isinstance(method, AllocatingMethod):
         method = method.over(view_of(block))
     survey.stop()
+    if not method.needs_gradients:
+        for own in formed:
+            own.leave_gradients_out()
     experts = Watch(formed, device)
     packed = dict(method.quantize_experts(block.bank, block.stats))
     experts.stop()

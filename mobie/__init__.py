@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-__version__ = "0.4.0"  # the only place; pyproject.toml takes it from here
+__version__ = "0.5.0"  # the only place; pyproject.toml takes it from here
 
 #: module of the library that holds a registry → the module of ours that registers itself in it
 _REGISTRARS = {

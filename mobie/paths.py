@@ -83,15 +83,13 @@ class Layout:
         """Written last; lists the hashes of the mirror's files."""
         return self.resources / "lm_eval_mirror.json"
 
-    @property
-    def nano_work(self) -> Path:
-        """Where `train-nano` keeps its checkpoint, log and finished model."""
-        return self.resources / "nano-olmoe"
+    def nano_work(self, name: str) -> Path:
+        """Where `train-nano` keeps the checkpoint, log and finished model of an embedded model."""
+        return self.resources / name
 
-    @property
-    def nano_record(self) -> Path:
-        """How the embedded model was made; written last."""
-        return self.nano_work / "training.json"
+    def nano_record(self, name: str) -> Path:
+        """How an embedded model was made; written last."""
+        return self.nano_work(name) / "training.json"
 
     @property
     def hub_data(self) -> Path:

@@ -133,7 +133,7 @@ def test_a_truncated_calibration_set_is_refused(work: Layout) -> None:
 
 def test_a_missing_model_is_refused(repository: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mobie.jobs.keys.embedded_model", lambda name: tmp_path / "nowhere" / name)
-    refused(invoke("quantize", *KEYS, "--method", "rtn-w3"), "nowhere", "train_nano")
+    refused(invoke("quantize", *KEYS, "--method", "rtn-w3"), "nowhere", "train-nano --model nano-olmoe --install")
     refused(invoke("quantize", "--suite", "paper", "--method", "rtn-w3"), "fetch --model olmoe-1b-7b")
 
 

@@ -1,4 +1,4 @@
-"""The embedded model: its training text holds nothing that is evaluated, its recipe trains, its record is true."""
+"""The embedded models: their training text holds nothing that is evaluated, recipes train, records are true."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mobie.config import config_names, load_model_config
 from mobie.nano.corpus import (
     NGRAM_WORDS,
     SHORTEST_ITEM_WORDS,
@@ -21,8 +22,10 @@ from mobie.nano.corpus import (
     evaluated_items,
     words,
 )
-from mobie.nano.train import Recipe, batch, heldout_perplexity, orthogonalize, pack, train
+from mobie.nano.train import RECIPES, Recipe, batch, heldout_perplexity, make_optimizers, orthogonalize, pack, train
 from mobie.paths import embedded_model
+from mobie.provenance import file_hash
+from mobie.sources import CHECKSUMS
 
 TINY = Recipe(
     vocab_size=300,
@@ -37,6 +40,7 @@ TINY = Recipe(
     steps=6,
     warmup_steps=2,
 )
+TINY_SHARED = replace(TINY, architecture="qwen2_moe", shared_intermediate_size=12)
 SENTENCES = [f"The number {i} comes after {i - 1}, and before {i + 1}; nobody knows why." for i in range(1, 120)]
 TINY_CORPUS = Corpus(SENTENCES[:100], SENTENCES[100:], {}, 0)
 
@@ -116,9 +120,28 @@ def test_an_epoch_shows_every_window_once() -> None:
     assert torch.equal(rows, starts[:, None] + torch.arange(17))
 
 
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recipe", [TINY, TINY_SHARED], ids=lambda recipe: recipe.architecture)
+def test_every_weight_has_one_optimiser_and_muon_those_of_matrices(recipe: Recipe) -> None:
+    model = AutoModelForCausalLM.from_config(recipe.model_config(0))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    muon, adam = (
+        [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        for optimizer in make_optimizers(model, recipe)
+    )
+    assert sorted(muon + adam) == sorted(names.values())
+    inside = ("self_attn.", "mlp.experts.", "mlp.shared_expert.")
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim >= 2 and any(part in name for part in inside)
+        assert (name in muon) == matrix, name
+    assert any("shared_expert_gate" in name for name in adam) == (recipe is TINY_SHARED)
+
+
+@pytest.mark.parametrize("recipe", [TINY, TINY_SHARED], ids=lambda recipe: recipe.architecture)
+def test_a_resumed_run_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
     torch.set_num_threads(1)
-    whole = train(TINY_CORPUS, tmp_path / "whole", TINY, checkpoint_every=2)
+    whole = train(TINY_CORPUS, tmp_path / "whole", recipe, checkpoint_every=2)
 
     from mobie.nano.train import Run
 
@@ -132,23 +155,44 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr(Run, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train(TINY_CORPUS, tmp_path / "resumed", TINY, checkpoint_every=2)
-    resumed = train(TINY_CORPUS, tmp_path / "resumed", TINY, checkpoint_every=2)
+            train(TINY_CORPUS, tmp_path / "resumed", recipe, checkpoint_every=2)
+    resumed = train(TINY_CORPUS, tmp_path / "resumed", recipe, checkpoint_every=2)
     assert resumed["heldout_perplexity"] == whole["heldout_perplexity"]
     assert resumed["curve"][-1]["loss"] == whole["curve"][-1]["loss"]
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
     assert weights[0] == weights[1]
 
 
-def test_the_shipped_model_is_what_its_record_says(corpus: Corpus) -> None:
-    folder = embedded_model("nano-olmoe")
+def test_every_embedded_model_has_a_recipe() -> None:
+    embedded = [name for name in config_names("models") if load_model_config(name).source == "embedded"]
+    assert embedded == list(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_shipped_files_are_those_that_their_checksums_name(name: str) -> None:
+    folder = embedded_model(name)
+    listed = dict(reversed(line.split("  ")) for line in (folder / CHECKSUMS).read_text().splitlines())
+    assert listed == {path.name: file_hash(path) for path in folder.iterdir() if path.name != CHECKSUMS}
+    size = (folder / "model.safetensors").stat().st_size
+    assert 0 <= size - load_model_config(name).bytes < 2**16  # the header
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_shipped_model_is_what_its_record_says(corpus: Corpus, name: str) -> None:
+    folder = embedded_model(name)
     record = json.loads((folder / "training.json").read_text())
     recipe = Recipe(**record["recipe"])
-    assert recipe == Recipe()  # the recipe in the repository is the one that made the weights
+    assert recipe == RECIPES[name]  # the recipe in the repository is the one that made the weights
+    assert record["train_tokens_seen"] == recipe.steps * recipe.batch_sequences * recipe.sequence_length
+    assert record["curve"][-1]["step"] == recipe.steps
     assert record["documents"] == {"train": len(corpus.train), "heldout": len(corpus.heldout)}
     assert record["dropped"] == corpus.dropped
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert model.config.model_type == recipe.architecture
+    wanted = AutoModelForCausalLM.from_config(recipe.model_config(tokenizer.eos_token_id))
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in wanted.named_parameters()}
+    assert sum(parameter.numel() for parameter in model.parameters()) == load_model_config(name).parameters
     stream = pack(corpus.heldout, tokenizer, recipe.seed)
     assert len(stream) == record["heldout_tokens"]
     measured = heldout_perplexity(model, stream, recipe.sequence_length, None)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_pipeline import TOKENS, weight_files
 from tiny import make_model, save_model
@@ -21,7 +21,7 @@ from mobie.errors import ConfigError, UnsupportedError
 from mobie.methods.allocation import LayerView
 from mobie.methods.base import LinearStats
 from mobie.methods.hessian import damp, inverse_cholesky
-from mobie.methods.obe import OBE, column_importance, counts_of
+from mobie.methods.obe import OBE, Allotment, column_importance, counts_of
 from mobie.methods.plane_budget import Candidate, plane_columns, run_length, share_out, summarize
 from mobie.methods.plane_fit import (
     DISTORTION,
@@ -211,7 +211,8 @@ def test_importance_is_what_zeroing_a_column_adds() -> None:
 
 
 def test_columns_of_a_plane_are_the_most_important_ones() -> None:
-    counts = counts_of(torch.tensor([[1.0, 5.0, 3.0, 5.0], [4.0, 3.0, 2.0, 1.0]]), [(3, 1), ()])
+    importance = torch.tensor([[1.0, 5.0, 3.0, 5.0], [4.0, 3.0, 2.0, 1.0]])
+    counts = counts_of(importance, [Allotment(4, (3, 1)), Allotment(4, ())])
     assert counts.tolist() == [[0, 2, 1, 1], [0, 0, 0, 0]]  # of equal ones the first
 
 
@@ -247,6 +248,7 @@ def test_at_a_price_no_other_planes_cost_less(seed: int, price: float) -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000), st.floats(0.4, 3.5))
+@example(496, 0.578125)  # where the next matrix in turn does not fit
 def test_shared_out_bytes_are_within_a_hundredth_below_the_budget(seed: int, bits: float) -> None:
     sizes = [(256, 256)] * 6 + [(128, 256), (256, 128)] * 12
     candidates = candidates_of(seed, sizes)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_binary_format import random_matrix
+from test_planes_format import planes_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -103,10 +104,13 @@ PACKED: dict[str, Callable[[], Packed]] = {
     "partial binary groups": lambda: partial_binary(0.7, 8, False),
     "partial binary no salient": lambda: partial_binary(0.0, None, True),
     "partial binary all salient": lambda: partial_binary(1.0, None, True),
+    "planes": lambda: planes_of([2, 0, 1, 4, 3, 4] * 3),
+    "planes, none": lambda: planes_of([0] * 21),
     "dense": lambda: Dense16(torch.randn(4, 5).bfloat16()),
     "vectors": lambda: vectors(),
     "vectors, shared codebook": lambda: vectors(3),
     "bank": lambda: bank(None),
+    "planes in a bank": lambda: PackedBank((planes_of([0] * 21), planes_of([1, 2, 0] * 7))),
     "bank left": lambda: bank("left"),
     "bank right": lambda: bank("right"),
 }
@@ -148,7 +152,7 @@ def test_unpacking_without_numpy_gives_the_same_values(name: str, monkeypatch: p
     packed = PACKED[name]()
     expected = packed.dequantize()
     monkeypatch.setattr(bits.np, "unpackbits", None)
-    for module in ("bits", "bank", "grid", "partial_binary", "vector"):
+    for module in ("bits", "bank", "grid", "partial_binary", "planes", "vector"):
         monkeypatch.setattr(f"mobie.packing.{module}.unpack_codes", bits._unpack_on_device)
     assert torch.equal(packed.dequantize(), expected)
 

@@ -28,6 +28,7 @@ from mobie.errors import ConfigError, UnsupportedError
 from mobie.figures import collect_figure, render
 from mobie.jobs import speed as job
 from mobie.jobs.keys import Keys
+from mobie.kernels.attach import attach
 from mobie.methods.base import BankStats, LinearStats
 from mobie.models.base import Adapter
 from mobie.packing.base import BitLedger
@@ -188,8 +189,28 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others() -> None:
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.parametrize("scope, budget", [("model", 1.5), ("experts", 2.5), ("experts", 1.1)])
+def test_random_sign_planes_have_the_methods_budget(scope: str, budget: float) -> None:
+    """Every block's bits are those of the budget; experts differ; a model of them runs, by kernels or without."""
+    method = build_method("obe", {"scope": scope, "budget": budget})
+    sizes = {"hidden_size": 128, "intermediate_size": 128}
+    dense = Adapter("olmoe").blocks(make_model("olmoe", **sizes))[0]
+    block = random_block(Adapter("olmoe"), dense, method, RandomTensors("cpu", 0))
+    planes = {name: part for name, part in block.parts().items() if part.format != "dense16"}
+    assert (len(planes) == 3) == (scope == "experts")
+    stored = BitLedger.merge({name: part.ledger() for name, part in planes.items()}).stored_bits
+    assert 0.98 * budget < stored <= budget
+    assert len({expert.plane_columns for expert in planes["experts.gate"].experts}) > 1
+    assert all(part.dequantize().isfinite().all() for part in planes.values())
+    model = random_model(CONFIGS["olmoe"](**sizes), method, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(random_tokens(2, 9)).logits
+        assert not attach(model, compute="kernels").fallbacks
+        torch.testing.assert_close(model(random_tokens(2, 9)).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_method_without_random_weights_is_named() -> None:
-    with pytest.raises(UnsupportedError, match="billm: random packed weights exist for fp16 and mobie.*stored"):
+    with pytest.raises(UnsupportedError, match="billm: random packed weights exist for fp16, mobie and obe.*stored"):
         tiny("olmoe", "billm")
 
 

@@ -22,13 +22,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobie.config import config_names, load_method
+from mobie.config import config_names, load_method, load_model_config
 from mobie.errors import ConfigError
 from mobie.paper.printed import printed_rows
 from mobie.paths import PACKAGE, Layout, paper_table
 from mobie.records import Measurement, Record, write_record
 from mobie.results import Cell, Model, Results
 from mobie.tables import TABLES, build_table, table_records
+from mobie.tables.architectures import architecture_of
 from mobie.tables.table import (
     WRITERS,
     Column,
@@ -414,12 +415,19 @@ def test_table3_by_hand(repository: Layout) -> None:
     assert rows["Qwen1.5-MoE-A2.7B"]["shared_experts"] == "4"
 
 
-def test_parameters_of_the_nano_model_are_those_of_its_files() -> None:
+@pytest.mark.parametrize(("name", "parameters"), [(NANO, 9457920), ("nano-qwen2-moe", 8657664)])
+def test_parameters_of_an_embedded_model_are_those_of_its_files(name: str, parameters: int) -> None:
     from safetensors import safe_open
 
-    with safe_open(PACKAGE / "assets" / NANO / "model.safetensors", "np") as file:
+    with safe_open(PACKAGE / "assets" / name / "model.safetensors", "np") as file:
         count = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    assert count == 9457920
+    assert count == parameters == load_model_config(name).parameters
+
+
+def test_a_shared_expert_counts_as_several_routed_ones() -> None:
+    found = architecture_of(load_model_config("nano-qwen2-moe"))
+    assert found is not None
+    assert (found.intermediate, found.routed_experts, found.shared_experts, found.top_k) == (96, 24, 192 // 96, 4)
 
 
 def test_table6_by_hand(repository: Layout) -> None:

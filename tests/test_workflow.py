@@ -22,7 +22,7 @@ from mobie.jobs.keys import Keys, model_files
 from mobie.jobs.methods import method_modules
 from mobie.jobs.score import REFERENCE
 from mobie.paths import PACKAGE, Layout
-from mobie.plan.graph import Graph
+from mobie.plan.graph import TRAINED, Graph
 from mobie.records import Record, write_record
 from mobie.tables import TABLES, table_records, tables_of
 from mobie.verdicts import verdict_records
@@ -62,7 +62,7 @@ def test_a_suite_resolves_whole_without_torch(repository: Layout, no_torch: Path
     assert jobs["table"] == len(TABLES)
     assert jobs["figure"] == len(FIGURES)
     assert jobs["claims"] == jobs["report"] == jobs["audit"] == 1
-    assert "train_nano" not in jobs
+    assert not TRAINED.keys() & jobs.keys()
     wanted = {path for name in TABLES for path in table_records(name, suite, repository)}
     wanted |= {path for name in FIGURES for path in figure_records(name, suite, repository)}
     wanted |= set(verdict_records(suite, repository))
@@ -115,8 +115,11 @@ def test_table2_of_the_paper_suite_fetches_its_models_and_data(repository: Layou
     assert "mirror" not in jobs and "fetch_wheel" not in jobs
 
 
-def test_train_nano_resolves(repository: Layout) -> None:
-    assert planned(snakemake(repository.root, "-n", "train_nano"))["train_nano"] == 1
+@pytest.mark.parametrize("rule", TRAINED)
+def test_training_resolves(repository: Layout, rule: str) -> None:
+    shown = snakemake(repository.root, "-n", "--printshellcmds", rule)
+    assert planned(shown)[rule] == 1
+    assert f"train-nano --model {TRAINED[rule]} " in shown.stdout + shown.stderr
 
 
 def test_one_job_of_another_seed_can_be_asked_for(repository: Layout) -> None:

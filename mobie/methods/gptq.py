@@ -8,7 +8,7 @@ No reordering of columns. Leading dimensions are a batch: all experts of a proje
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from mobie.errors import ConfigError
-from mobie.methods.base import LinearStats, Method, TokenWeighting, register
-from mobie.methods.hessian import damp, inverse_cholesky
-from mobie.packing.base import Packed
+from mobie.methods.base import TokenWeighting, register
+from mobie.methods.factored import FactoredMethod
 from mobie.packing.grid import Grid, check_grid_options, fit_grid, nearest_code, nominal_bits, pack_bank
 
 #: scale and zero point `(..., out, 1)` of each row of weights `(..., out, columns)`, for a number of bits
@@ -115,7 +114,7 @@ def gptq(
 
 @register
 @dataclass(frozen=True)
-class GPTQ(Method):
+class GPTQ(FactoredMethod):
     """GPTQ on an asymmetric grid; `group_size` None is one grid per output row.
 
     token_weighting: "gate" for affinity-guided Hessians (MoEQuant, section 4.2): a token counts by its router score.
@@ -141,26 +140,11 @@ class GPTQ(Method):
         if type(self.percdamp) not in (int, float) or not 0 <= self.percdamp < float("inf"):
             raise ConfigError(f"{self.name}: percdamp is {self.percdamp!r}; expected a number of at least 0 (0.01)")
 
-    def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
-        return self.quantize_group({"": weight}, {"": stats})[""]
-
-    def quantize_group(self, weights: Mapping[str, Tensor], stats: Mapping[str, LinearStats]) -> dict[str, Packed]:
-        return self.quantize_chunk({name: weight[None] for name, weight in weights.items()}, [stats])[0]
-
-    def quantize_chunk(
-        self, weights: Mapping[str, Tensor], stats: Sequence[Mapping[str, LinearStats]]
-    ) -> list[dict[str, Packed]]:
-        first = next(iter(weights))
-        damped, dead = damp(torch.stack([own[first].hessian for own in stats]), self.percdamp)
-        factor = inverse_cholesky(damped)
-        packed = {name: self._pack(weight, factor, dead) for name, weight in weights.items()}
-        return [{name: own[e] for name, own in packed.items()} for e in range(len(stats))]
-
     def fit(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """The grids that the weights are rounded to, a `GridFit`."""
         return fit_rows(weight, bits)
 
-    def _pack(self, weight: Tensor, factor: Tensor, dead: Tensor) -> list[Grid]:
+    def quantize_batch(self, weight: Tensor, factor: Tensor, dead: Tensor) -> list[Grid]:
         codes, scale, zero = gptq(weight, factor, dead, self.bits, self.group_size, self.block_size, self.fit)
         return pack_bank(codes, scale, None if self.symmetric else zero, **self._layout)
 

@@ -13,7 +13,7 @@ A column or an expert that the loss hardly needs gets no plane and is zero: prun
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -32,7 +32,23 @@ from mobie.packing.bank import PackedBank
 from mobie.packing.base import Packed
 from mobie.packing.planes import PlaneMatrix, stored_bytes
 
-Columns = tuple[int, ...]  # how many columns each plane of a matrix covers
+
+@dataclass(frozen=True)
+class Allotment:
+    """What a matrix was given: of its columns, how many each plane covers."""
+
+    columns: int
+    plane_columns: tuple[int, ...]
+
+    @property
+    def bits(self) -> float:
+        """Signs per weight."""
+        return sum(self.plane_columns) / self.columns
+
+
+def listed(allotments: Sequence[Allotment]) -> dict[str, list[Any]]:
+    """Of several experts, as JSON values, one list per field."""
+    return {"bits": [own.bits for own in allotments], "plane_columns": [list(own.plane_columns) for own in allotments]}
 
 
 def column_importance(weight: Tensor, hessian: Tensor) -> Tensor:
@@ -48,12 +64,12 @@ def column_importance(weight: Tensor, hessian: Tensor) -> Tensor:
     return weight.square().sum(-2) * hessian.diagonal(dim1=-2, dim2=-1)
 
 
-def counts_of(importance: Tensor, covered: Sequence[Columns]) -> Tensor:
-    """Planes of every column `(experts, in)`: plane q of expert e covers its `covered[e][q]` most important ones."""
+def counts_of(importance: Tensor, allotments: Sequence[Allotment]) -> Tensor:
+    """Planes of every column `(experts, in)`, the most important ones first; importance `(experts, in)`."""
     rank = importance.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     counts = torch.zeros_like(rank)
-    for expert, own in enumerate(covered):
-        for columns in own:
+    for expert, own in enumerate(allotments):
+        for columns in own.plane_columns:
             counts[expert] += rank[expert] < columns
     return counts
 
@@ -72,7 +88,7 @@ class Fitting:
     percdamp: float
 
     def quantize(
-        self, weights: Mapping[str, Tensor], stats: Sequence[LinearStats], covered: Mapping[str, Sequence[Columns]]
+        self, weights: Mapping[str, Tensor], stats: Sequence[LinearStats], allotments: Mapping[str, Sequence[Allotment]]
     ) -> list[dict[str, Packed]]:
         """Quantize weights `(experts, out, in)` that share their inputs."""
         hessian = torch.stack([own.hessian for own in stats])
@@ -80,7 +96,7 @@ class Fitting:
         packed: list[dict[str, Packed]] = [{} for _ in stats]
         for name, weight in weights.items():
             seen = weight.masked_fill(dead[:, None], 0)
-            counts = counts_of(column_importance(seen, hessian), covered[name])
+            counts = counts_of(column_importance(seen, hessian), allotments[name])
             planes = fit_planes(
                 seen,
                 damped,
@@ -101,7 +117,7 @@ class Fitting:
 
 @dataclass(frozen=True)
 class AllottedOBE(Method):
-    """OBE of one block, the columns of every plane given.
+    """OBE of one block, the planes of every matrix given.
 
     linears: by the field's name (`q_proj`); what is missing stays in 16 bits.
     experts: projection → of every expert; empty for a block without experts.
@@ -111,15 +127,15 @@ class AllottedOBE(Method):
     name: ClassVar[str] = "allotted-obe"
 
     fitting: Fitting
-    linears: Mapping[str, Columns] = field(default_factory=dict)
-    experts: Mapping[str, tuple[Columns, ...]] = field(default_factory=dict)
+    linears: Mapping[str, Allotment] = field(default_factory=dict)
+    experts: Mapping[str, tuple[Allotment, ...]] = field(default_factory=dict)
     account: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
         return {
-            "linears": {name: list(own) for name, own in self.linears.items()},
-            "experts": {name: [list(own) for own in each] for name, each in self.experts.items()},
+            "linears": {name: asdict(own) | {"bits": own.bits} for name, own in self.linears.items()},
+            "experts": {name: listed(each) for name, each in self.experts.items()},
             "account": dict(self.account),
         }
 
@@ -135,8 +151,8 @@ class AllottedOBE(Method):
         }
         if chosen:
             alone = {name: weights[name][None] for name in chosen}
-            covered = {name: [self.linears[name]] for name in chosen}
-            packed |= self.fitting.quantize(alone, [stats[chosen[0]]], covered)[0]
+            allotments = {name: [self.linears[name]] for name in chosen}
+            packed |= self.fitting.quantize(alone, [stats[chosen[0]]], allotments)[0]
         return packed
 
     def quantize_experts(self, bank: ExpertBank, stats: BankStats) -> dict[str, PackedBank]:
@@ -146,8 +162,8 @@ class AllottedOBE(Method):
             def some(experts: range, device: torch.device, names: tuple[str, ...] = names) -> list[dict[str, Packed]]:
                 chosen = slice(experts.start, experts.stop)
                 weights = {name: bank.projections[name][chosen].to(device) for name in names}
-                covered = {name: self.experts[name][chosen] for name in names}
-                return self.fitting.quantize(weights, stats.of(names[0], experts, device), covered)
+                allotments = {name: self.experts[name][chosen] for name in names}
+                return self.fitting.quantize(weights, stats.of(names[0], experts, device), allotments)
 
             shapes = [bank.projections[name].shape[1:] for name in names]
             parts = map_experts(bank, self.expert_bytes(shapes), some)
@@ -189,7 +205,7 @@ class OBE(AllocatingMethod):
     name: ClassVar[str] = "obe"
     guided_by: ClassVar[tuple[str, Any] | None] = ("importance", "loss")
     gradient_options: ClassVar[tuple[str, ...]] = ()
-    seconds_per_weight: ClassVar[float] = 7e-7
+    seconds_per_weight: ClassVar[float] = 8.2e-7
     stored_bits: ClassVar[float | str] = "budget"
     stores_signs: ClassVar[bool] = True
 
@@ -220,9 +236,13 @@ class OBE(AllocatingMethod):
             for name, weight in view.linears.items():
                 found["linears"][name] = self._finding(weight, view.linear_stats[name])
         if view.bank is not None and view.bank_stats is not None:
+            banks = view.bank.projections
             found["experts"] = {
-                name: [self._finding(*pair) for pair in zip(weights, view.bank_stats.experts[name], strict=True)]
-                for name, weights in view.bank.projections.items()
+                "tokens": [int(n) for n in view.bank_stats.tokens[next(iter(banks))]],
+                "matrices": {
+                    name: [self._finding(*pair) for pair in zip(weights, view.bank_stats.experts[name], strict=True)]
+                    for name, weights in banks.items()
+                },
             }
         return found
 
@@ -257,23 +277,24 @@ class OBE(AllocatingMethod):
             "matrices": len(candidates),
             "matrices_without_planes": sum(not own for own in chosen),
         }
-        return [self._allotted(block, places, chosen, account) for block in range(len(surveys))]
+        allotments = [Allotment(c.size[1], own) for c, own in zip(candidates, chosen, strict=True)]
+        return [self._allotted(block, places, allotments, account) for block in range(len(surveys))]
 
     def _candidates(self, surveys: Sequence[Mapping[str, Any]]) -> tuple[list[_Place], list[Candidate]]:
         found: list[tuple[_Place, Mapping[str, Any]]] = []
         for block, survey in enumerate(surveys):
             found += [(_Place(block, name, None), own) for name, own in survey["linears"].items()]
-            for name, experts in survey.get("experts", {}).items():
+            for name, experts in survey.get("experts", {"matrices": {}})["matrices"].items():
                 found += [(_Place(block, name, expert), own) for expert, own in enumerate(experts)]
         candidates = [Candidate((own["size"][0], own["size"][1]), np.array(own["importance"])) for _, own in found]
         return [place for place, _ in found], candidates
 
     def _allotted(
-        self, block: int, places: Sequence[_Place], chosen: Sequence[Columns], account: Mapping[str, Any]
+        self, block: int, places: Sequence[_Place], allotments: Sequence[Allotment], account: Mapping[str, Any]
     ) -> AllottedOBE:
-        linears: dict[str, Columns] = {}
-        experts: dict[str, tuple[Columns, ...]] = {}
-        for place, own in zip(places, chosen, strict=True):
+        linears: dict[str, Allotment] = {}
+        experts: dict[str, tuple[Allotment, ...]] = {}
+        for place, own in zip(places, allotments, strict=True):
             if place.block == block and place.expert is None:
                 linears[role_of(place.name)] = own
             elif place.block == block:

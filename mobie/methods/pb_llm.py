@@ -17,7 +17,6 @@ salient weights count as zeros for mu and alpha, and the others widen the grid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,9 +24,10 @@ import torch
 from torch import Tensor
 
 from mobie.errors import ConfigError
-from mobie.methods.base import LinearStats, Method, register
+from mobie.methods.base import register
+from mobie.methods.factored import FactoredMethod
 from mobie.methods.gptq import RoundColumn, column_spans, round_columns
-from mobie.methods.hessian import SaliencyRule, damp, inverse_cholesky, saliency_denominator
+from mobie.methods.hessian import SaliencyRule, saliency_denominator
 from mobie.packing.base import Packed
 from mobie.packing.binary import to_half
 from mobie.packing.grid import check_grid_options, fit_grid, nearest_code, split_groups
@@ -78,7 +78,7 @@ def fit_signs(weight: Tensor, others: Tensor, counted: Tensor, with_mean: bool) 
 
 @register
 @dataclass(frozen=True)
-class PBLLM(Method):
+class PBLLM(FactoredMethod):
     """PB-GPTQ.
 
     salient_share: share of the weights that are salient, met to the element.
@@ -119,26 +119,8 @@ class PBLLM(Method):
         if not 0 <= self.percdamp < float("inf"):
             raise ConfigError(f"pb-llm: percdamp is {self.percdamp!r}; expected a number of at least 0 (0.01)")
 
-    def quantize_linear(self, weight: Tensor, stats: LinearStats) -> Packed:
-        return self.quantize_group({"": weight}, {"": stats})[""]
-
-    def quantize_group(self, weights: Mapping[str, Tensor], stats: Mapping[str, LinearStats]) -> dict[str, Packed]:
-        return self.quantize_chunk({name: weight[None] for name, weight in weights.items()}, [stats])[0]
-
-    def quantize_chunk(
-        self, weights: Mapping[str, Tensor], stats: Sequence[Mapping[str, LinearStats]]
-    ) -> list[dict[str, Packed]]:
-        first = next(iter(weights))
-        damped, dead = damp(torch.stack([own[first].hessian for own in stats]), self.percdamp)
-        factor = inverse_cholesky(damped)
-        packed = {
-            name: self._quantize(weight.float().masked_fill(dead.unsqueeze(-2), 0), factor)
-            for name, weight in weights.items()
-        }
-        return [{name: own[e] for name, own in packed.items()} for e in range(len(stats))]
-
-    def _quantize(self, remaining: Tensor, factor: Tensor) -> list[Packed]:
-        """Quantize `remaining` `(experts, out, in)`, which is lost; U is the factor of the damped Hessians."""
+    def quantize_batch(self, weight: Tensor, factor: Tensor, dead: Tensor) -> list[Packed]:
+        remaining = weight.float().masked_fill(dead.unsqueeze(-2), 0)
         salient = self.choose_salient(remaining, factor)
         scales = self.fit_scales(remaining, salient)
         codes = torch.empty(remaining.shape, dtype=torch.uint8, device=remaining.device)

@@ -68,19 +68,53 @@ def plane_columns(candidate: Candidate, price: float, planes: int) -> tuple[int,
 
 
 def share_out(candidates: Sequence[Candidate], budget: int, planes: int) -> list[tuple[int, ...]]:
-    """`plane_columns` of every candidate at the least price at which all fit in `budget` bytes."""
+    """`plane_columns` of every candidate at the least price at which all fit in `budget` bytes.
+
+    At that price a whole matrix may be next in turn and not fit; single runs then use what it would have used.
+    """
 
     def at(price: float) -> list[tuple[int, ...]]:
         return [plane_columns(candidate, price, planes) for candidate in candidates]
 
-    def fits(chosen: Sequence[tuple[int, ...]]) -> bool:
-        return sum(stored_bytes(c.size, own) for c, own in zip(candidates, chosen, strict=True)) <= budget
+    def taken(chosen: Sequence[tuple[int, ...]]) -> int:
+        return sum(stored_bytes(c.size, own) for c, own in zip(candidates, chosen, strict=True))
 
     most = max((float(np.max(c.importance / c.run)) / c.size[0] for c in candidates), default=0.0)
     low, high = 0.0, most + 1.0  # no bit is worth that much
-    if fits(at(low)):
+    if taken(at(low)) <= budget:
         return at(low)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if fits(at(middle)) else (middle, high)
-    return at(high)
+        low, high = (low, middle) if taken(at(middle)) <= budget else (middle, high)
+    return _filled(candidates, at(high), budget - taken(at(high)), planes)
+
+
+def _filled(
+    candidates: Sequence[Candidate], chosen: list[tuple[int, ...]], spare: int, planes: int
+) -> list[tuple[int, ...]]:
+    """The choice with further runs for matrices that have planes, the best gain per bit first, while bytes are left."""
+    waiting = {index: _next_runs(c, own, planes) for index, (c, own) in enumerate(zip(candidates, chosen, strict=True))}
+    while fits := [
+        (worth, -index, own) for index, runs in waiting.items() for worth, extra, own in runs if extra <= spare
+    ]:
+        _, negative, own = max(fits)  # of equal ones the first
+        index, size = -negative, candidates[-negative].size
+        spare -= stored_bytes(size, own) - stored_bytes(size, chosen[index])
+        chosen[index] = own
+        waiting[index] = _next_runs(candidates[index], own, planes)
+    return chosen
+
+
+def _next_runs(candidate: Candidate, chosen: tuple[int, ...], planes: int) -> list[tuple[float, int, tuple[int, ...]]]:
+    """One more run on each plane that can have it: gain per bit, bytes, and the choice with it."""
+    found = []
+    size, before = candidate.size, stored_bytes(candidate.size, chosen)
+    for plane in range(min(len(chosen) + 1, planes) if chosen else 0):
+        covered = chosen[plane] if plane < len(chosen) else 0
+        wider = min(covered + candidate.run, chosen[plane - 1] if plane else size[1])
+        if wider > covered:
+            own = (*chosen[:plane], wider, *chosen[plane + 1 :])
+            gain = (DISTORTION[plane] - DISTORTION[plane + 1]) * candidate.importance[covered // candidate.run]
+            extra = stored_bytes(size, own) - before
+            found.append((float(gain) / extra, extra, own))
+    return found

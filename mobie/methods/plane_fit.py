@@ -88,17 +88,22 @@ def feed_back(weights: Tensor, factor: Tensor, scale: Tensor, ratio: Tensor, cou
     """
     remaining = weights.clone()
     per_column = _per_column(ratio, counts)
-    signs = weights.new_empty(ratio.shape[-1], *weights.shape)
+    most = counts.amax(0).clamp(min=1).tolist()  # planes of a column in any matrix: the signs of those are looked for
+    signs = weights.new_ones(ratio.shape[-1], *weights.shape)
     for begin in range(0, weights.shape[-1], BLOCK):
         end = min(begin + BLOCK, weights.shape[-1])
-        errors = weights.new_empty(*weights.shape[:2], end - begin)
-        for j in range(begin, end):
-            levels = per_column[:, j].T[..., None] * scale  # (planes, experts, out)
-            signs[..., j], values = nearest_signs(remaining[..., j], levels)
-            error = (remaining[..., j] - values) / factor[:, j, j, None]
-            remaining[..., j + 1 : end] -= error[..., None] * factor[:, None, j, j + 1 : end]
-            errors[..., j - begin] = error
-        remaining[..., end:] -= errors @ factor[:, begin:end, end:]
+        here = slice(begin, end)
+        near = remaining[..., here].mT.contiguous()  # (experts, columns, out): a column is one run of memory
+        errors, chosen = torch.empty_like(near), near.new_ones(len(signs), *near.shape)
+        inner = factor[:, here, here]
+        for i in range(end - begin):
+            own = most[begin + i]
+            levels = per_column[:, begin + i, :own].T[..., None] * scale  # (planes, experts, out)
+            chosen[:own, :, i], values = nearest_signs(near[:, i], levels)
+            errors[:, i] = (near[:, i] - values) / inner[:, i, i, None]
+            near[:, i + 1 :] -= inner[:, i, i + 1 :, None] * errors[:, None, i]
+        signs[..., here] = chosen.mT
+        remaining[..., end:] -= errors.mT.contiguous() @ factor[:, here, end:]
     return signs
 
 

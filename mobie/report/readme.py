@@ -1,7 +1,7 @@
 """The generated parts of README.md: everything between `<!-- generated: NAME -->` and `<!-- end -->`.
 
 A number in the README is never typed: it is read from the records of the last run, from Snakemake's benchmark files,
-from the records of the benchmarks, or from the record of how the embedded model was made.
+from the records of the benchmarks, or from the records of how the embedded models were made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from mobie.config import load_suite
+from mobie.config import config_names, load_model_config, load_suite
 from mobie.errors import DataError
 from mobie.figures.seal import read_svg
 from mobie.paths import PACKAGE, Layout, embedded_model
@@ -96,19 +96,28 @@ def _quantize_cpu(layout: Layout) -> str:
 
 
 def _nano(layout: Layout) -> str:
-    """How the embedded model was made."""
-    figures = json.loads((embedded_model("nano-olmoe") / "training.json").read_text())
+    """How the embedded models were made, a column each."""
+    configs = {name: load_model_config(name, layout) for name in config_names("models", layout)}
+    names = [name for name, config in configs.items() if config.source == "embedded"]
+    columns = [_training(configs[name].repo) for name in names]
+    rows = [[quantity, *(column[quantity] for column in columns)] for quantity in columns[0]]
+    return markdown_table(["", *names], rows)
+
+
+def _training(repo: str) -> dict[str, str]:
+    """What is told of an embedded model, from the record of its training."""
+    figures = json.loads((embedded_model(repo) / "training.json").read_text(encoding="utf-8"))
     recipe = figures["recipe"]
-    rows = [
-        ["hidden size, layers, heads", f"{recipe['hidden_size']}, {recipe['layers']}, {recipe['heads']}"],
-        ["experts, width, per token", f"{recipe['experts']}, {recipe['intermediate_size']}, {recipe['top_k']}"],
-        ["vocabulary, context", f"{recipe['vocab_size']}, {recipe['sequence_length']}"],
-        ["training tokens seen (distinct)", f"{figures['train_tokens_seen']:,} ({figures['train_tokens_unique']:,})"],
-        ["training documents dropped for overlap with evaluated items", f"{sum(figures['dropped'].values()):,}"],
-        ["perplexity on held-out text of the same kinds", f"{figures['heldout_perplexity']:.2f}"],
-        ["training hours on a CPU", f"{figures['seconds'] / 3600:.1f}"],
-    ]
-    return markdown_table(["nano-OLMoE", ""], rows)
+    return {
+        "hidden size, layers, heads": f"{recipe['hidden_size']}, {recipe['layers']}, {recipe['heads']}",
+        "experts, width, per token": f"{recipe['experts']}, {recipe['intermediate_size']}, {recipe['top_k']}",
+        "width of the shared expert": str(recipe.get("shared_intermediate_size") or "none"),
+        "vocabulary, context": f"{recipe['vocab_size']}, {recipe['sequence_length']}",
+        "training tokens seen (distinct)": f"{figures['train_tokens_seen']:,} ({figures['train_tokens_unique']:,})",
+        "training documents dropped for overlap with evaluated items": f"{sum(figures['dropped'].values()):,}",
+        "perplexity on held-out text of the same kinds": f"{figures['heldout_perplexity']:.2f}",
+        "training hours on a CPU": f"{figures['seconds'] / 3600:.1f}",
+    }
 
 
 def _audit(layout: Layout) -> str:

@@ -2,7 +2,8 @@
 
 Packed tensors get random bits, and scales of such a size that activations stay finite through all layers; nothing is
 quantized, so a model of tens of gigabytes takes seconds. What depends on data is set here: how many columns of a Linear
-ARB-RC calls salient is `LINEAR_SALIENT_SHARE`.
+ARB-RC calls salient is `LINEAR_SALIENT_SHARE`, and how unequal experts and columns are to OBE, which shares its sign
+planes out among them by its own allocation, block by block, `EXPERT_SPREAD` and `COLUMN_SPREAD`.
 """
 
 from __future__ import annotations
@@ -16,18 +17,26 @@ from torch import Tensor, nn
 from mobie.errors import UnsupportedError
 from mobie.methods.base import Method
 from mobie.methods.fp16 import FP16
+from mobie.methods.mixed_bits import role_of
 from mobie.methods.mobie import MoBiE
 from mobie.methods.mobie.cejd import choose_side
+from mobie.methods.obe import OBE, Allotment, AllottedOBE
+from mobie.methods.plane_budget import summarize
+from mobie.methods.plane_fit import LEVELS
 from mobie.models.base import Adapter
 from mobie.models.experts import expert_count, expert_inputs
 from mobie.packing.bank import GATE_UP, PackedBank, SymmetricRows
 from mobie.packing.base import FORMATS, Packed
 from mobie.packing.binary import BinaryMatrix
+from mobie.packing.bits import pack_codes
 from mobie.packing.checkpoint import PackedBlock
 from mobie.packing.dense import Dense16
+from mobie.packing.planes import PlaneMatrix
 
 #: share of a Linear's columns that ARB-RC binarizes twice: its search decides on real weights (nano-olmoe: 7 to 30 %)
 LINEAR_SALIENT_SHARE = 0.1
+#: standard deviations of the logarithms of importances to the loss in a layer (nano-olmoe: 1.8 to 2.8, 0.4 to 1.1)
+EXPERT_SPREAD, COLUMN_SPREAD = 2.4, 0.6
 WEIGHT_STD = 0.02  # the published `initializer_range` of all four models
 
 
@@ -57,6 +66,10 @@ class RandomTensors:
         fits = columns <= torch.iinfo(torch.int16).max
         return order[:, :count].sort(dim=1).values.to(torch.int16 if fits else torch.int32)
 
+    def order(self, count: int) -> Tensor:
+        """The numbers from 0 to `count - 1` in a random order."""
+        return torch.rand(count, device=self.device, generator=self._generator).argsort()
+
     def normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Weights of the models' initial spread."""
         return torch.empty(shape, dtype=dtype, device=self.device).normal_(0, WEIGHT_STD, generator=self._generator)
@@ -74,10 +87,12 @@ def random_block(adapter: Adapter, block: nn.Module, method: Method, tensors: Ra
     """
     if isinstance(method, FP16):
         return PackedBlock({}, {})
+    if isinstance(method, OBE):
+        return _random_planes(adapter, block, method, tensors)
     if not isinstance(method, MoBiE):
         raise UnsupportedError(
-            f"{method.name}: random packed weights exist for fp16 and mobie and its variants; expected one of them; "
-            "measure another method on a stored checkpoint with `--weights stored`"
+            f"{method.name}: random packed weights exist for fp16, mobie and obe and their variants; expected one of "
+            "them; measure another method on a stored checkpoint with `--weights stored`"
         )
     linears = {
         name: _random_linear(method, tuple(module.weight.shape), tensors)
@@ -123,13 +138,18 @@ def _arb_rc(size: tuple[int, int], block_size: int, tensors: RandomTensors) -> B
 
 def _random_experts(method: MoBiE, experts: nn.Module, tensors: RandomTensors) -> dict[str, PackedBank]:
     """Banks of a layer from the shapes of the library's fused parameters."""
+    shapes = _bank_shapes(experts)
+    count, *_ = shapes["gate"]
+    if method.joint_svd == "fused_gate_up":
+        shapes = {GATE_UP: (2 * count, *shapes["gate"][1:]), "down": shapes["down"]}
+    return {name: _random_bank(method, *shape, tensors) for name, shape in shapes.items()}
+
+
+def _bank_shapes(experts: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """`(experts, out, in)` of each projection."""
     count, inputs = expert_count(experts), expert_inputs(experts)
     hidden, width = inputs["gate"], inputs["down"]
-    shapes = {"gate": (count, width, hidden), "up": (count, width, hidden)}
-    if method.joint_svd == "fused_gate_up":
-        shapes = {GATE_UP: (2 * count, width, hidden)}
-    shapes["down"] = (count, hidden, width)
-    return {name: _random_bank(method, *shape, tensors) for name, shape in shapes.items()}
+    return {"gate": (count, width, hidden), "up": (count, width, hidden), "down": (count, hidden, width)}
 
 
 def _random_bank(method: MoBiE, experts: int, out: int, columns: int, tensors: RandomTensors) -> PackedBank:
@@ -179,6 +199,63 @@ def _mixed_order(method: MoBiE, experts: int, rows: int, columns: int, tensors: 
     header = {"size": [rows, columns], "block_size": block_size, "extra_is_residual": True}
     one = FORMATS[BinaryMatrix.format].from_tensors
     return PackedBank(tuple(one(header, {n: t[e] for n, t in named.items()}) for e in range(experts)))
+
+
+def _random_planes(adapter: Adapter, block: nn.Module, method: OBE, tensors: RandomTensors) -> PackedBlock:
+    """What the method shares out where importances are random, a Linear's like those of all experts of a projection."""
+    experts = adapter.experts_module(block)
+    banks = {} if experts is None else _bank_shapes(experts)
+    popularity = _spread(tensors, EXPERT_SPREAD, 1 if experts is None else expert_count(experts))
+    sizes = {
+        name: tuple(module.weight.shape) for group in adapter.linear_groups(block) for name, module in group.items()
+    }
+
+    def finding(size: tuple[int, ...], share: Tensor) -> dict[str, Any]:
+        own = size[0] * share * _spread(tensors, COLUMN_SPREAD, size[1])
+        return {"size": list(size), "importance": summarize(own)}
+
+    survey: dict[str, Any] = {"linears": {}}
+    if method.scope == "model":
+        survey["linears"] = {name: finding(size, popularity.sum()) for name, size in sizes.items()}
+    if banks:
+        found = {name: [finding(shape[1:], share) for share in popularity] for name, shape in banks.items()}
+        survey["experts"] = {"tokens": [0] * len(popularity), "matrices": found}
+    allotted = method.allocate([survey])[0]
+    assert isinstance(allotted, AllottedOBE)
+    linears: dict[str, Packed] = {}
+    for name, size in sizes.items():
+        if role_of(name) in allotted.linears:
+            linears[name] = _planes(allotted.linears[role_of(name)], size[0], tensors)
+        else:
+            linears[name] = Dense16(tensors.normal(*size, dtype=torch.bfloat16))
+    packed = {
+        name: PackedBank(tuple(_planes(own, shape[1], tensors) for own in allotted.experts[name]))
+        for name, shape in banks.items()
+    }
+    return PackedBlock(linears, packed)
+
+
+def _spread(tensors: RandomTensors, spread: float, count: int) -> Tensor:
+    """Log-normal values `(count,)`."""
+    return (spread / WEIGHT_STD * tensors.normal(count, dtype=torch.float32)).exp()
+
+
+def _planes(own: Allotment, rows: int, tensors: RandomTensors) -> PlaneMatrix:
+    """A matrix in the sign planes that it was given, on columns drawn by lot; ratios as the fit begins with."""
+    planes = len(own.plane_columns)
+    order = tensors.order(own.columns)
+    counts = torch.zeros_like(order)
+    for covered in own.plane_columns:
+        counts[order[:covered]] += 1
+    signs = [tensors.bits(rows, length=covered) for covered in own.plane_columns]
+    return PlaneMatrix(
+        torch.cat([tensors.bits(rows, length=0), *signs], dim=1),
+        tensors.scales(rows if planes else 0, mean=WEIGHT_STD),
+        torch.tensor([level for p in range(planes) for level in LEVELS[p]]).half().to(tensors.device),
+        pack_codes(counts.cpu(), planes.bit_length()).to(tensors.device),
+        own.plane_columns,
+        (rows, own.columns),
+    )
 
 
 def random_model(

@@ -1,4 +1,4 @@
-"""Shapes of mixture-of-experts models: the paper's from public configs, the suite's embedded one from its own."""
+"""Shapes of mixture-of-experts models: the paper's from public configs, the embedded ones from their own."""
 
 from __future__ import annotations
 
@@ -71,14 +71,16 @@ def architecture_of(config: ModelConfig) -> Architecture | None:
 
 
 def _embedded(model: ModelConfig) -> Architecture:
+    """From `config.json`: a shared expert counts as several of a routed one's width, as in the paper's Table 3."""
     config = json.loads((embedded_model(model.repo) / "config.json").read_text(encoding="utf-8"))
+    width = config.get("moe_intermediate_size", config["intermediate_size"])
     return Architecture(
         model.repo,
         model.parameters,
         config["hidden_size"],
-        config["intermediate_size"],
+        width,
         config["num_experts"],
-        config.get("n_shared_experts", 0),
+        config.get("shared_expert_intermediate_size", 0) // width,
         config["num_experts_per_tok"],
         config["num_hidden_layers"],
         0,
