@@ -190,7 +190,22 @@ def test_ablation_is_paired_with_the_method_as_it_is(layout: Layout) -> None:
     assert other.cells["stored"].value == 1.4
     run(layout, variant, (0.1, 0.3, 0.7), stored=1.4)
     (_, other) = build_table("ablation", Results(SUITE, layout)).rows
-    assert other.texts["beyond_interval"] == "no"
+    assert (other.texts["beyond_interval"], other.cells["seeds"].value) == ("no", 3)
+
+
+def test_an_ablation_with_one_seed_has_no_interval(layout: Layout) -> None:
+    path = layout.config_file("suites", SUITE)
+    variant = f"{DIAL[1.5]}+sensitivity=gptq"
+    suite = yaml.safe_load(path.read_text())
+    suite["beyond"]["once"] = [variant]
+    path.write_text(yaml.safe_dump(suite, sort_keys=False))
+    run(layout, DIAL[1.5], (0.2, 0.9, 0.9))
+    run(layout, variant, (0.3,))
+    (_, other) = build_table("ablation", Results(SUITE, layout)).rows
+    assert other.cells["difference"].value == pytest.approx(0.1)  # with the run of the same seed
+    assert other.cells["seeds"].value == 1
+    assert other.cells["reach"].reason == "calibrated with one seed: no interval"
+    assert "beyond_interval" not in other.texts
 
 
 # --- goals -----------------------------------------------------------------------------------------------------------

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mobie.config import Ablation
 from mobie.errors import ConfigError
-from mobie.excess import comparison, difference, excess, stored_bits
+from mobie.excess import comparison, difference, excess, interval, stored_bits
 from mobie.results import Model, Results
-from mobie.tables.beyond import EXCESS, STORED, texts_of
+from mobie.tables.beyond import EXCESS, STORED, seeds_cell, texts_of
 from mobie.tables.table import Column, Row, Table, model_notes
 
-DIFFERENCE, REACH, BEYOND = "difference", "reach", "beyond_interval"
+DIFFERENCE, SEEDS, REACH, BEYOND = "difference", "seeds", "reach", "beyond_interval"
 AGAINST = "Mean difference to the method as it is, nats per token"
 
 
@@ -34,8 +32,8 @@ def build(results: Results) -> Table:
         tuple(rows),
         model_notes(results, models),
         (
-            "Above zero: worse than the method as it is. Reach: half of the 95 % t-interval of the difference over the "
-            "calibration seeds, runs of one seed compared with each other.",
+            "Above zero: worse than the method as it is. The difference is over the calibration seeds that both rows have, "
+            "runs of one seed compared with each other; reach: half of its 95 % t-interval, which one seed does not give.",
         ),
         tuple(models),
     )
@@ -47,6 +45,7 @@ def _columns(results: Results) -> tuple[Column, ...]:
         Column(STORED.key, STORED.heading, STORED.digits, group=EXCESS),
         *(Column(text, text.capitalize(), 3, group=EXCESS) for text in texts_of(results)),
         Column(DIFFERENCE, "Difference", 4, group=AGAINST),
+        Column(SEEDS, "Seeds", 0, group=AGAINST),
         Column(REACH, "Reach of its interval", 4, group=AGAINST),
         Column(BEYOND, "Beyond the interval", text=True, group=AGAINST),
     )
@@ -57,10 +56,9 @@ def _row(results: Results, model: Model, plan: Ablation, name: str) -> Row:
     cells |= {column: excess(results, model, name, texts) for column, texts in texts_of(results).items()}
     texts = {"switch": results.method(name).description}
     if name != plan.base:
-        found, reach = difference(results, model, name, plan.base, results.protocol.texts)
-        known = found.value is not None
-        cells[DIFFERENCE] = found
-        cells[REACH] = replace(found, value=reach if known else None, stderr=None)
-        if found.value is not None:
-            texts[BEYOND] = "yes" if abs(found.value) > reach else "no"
+        found, _ = difference(results, model, name, plan.base, results.protocol.texts)
+        reach = interval(found)
+        cells |= {DIFFERENCE: found, SEEDS: seeds_cell(found), REACH: reach, BEYOND: reach}
+        if found.value is not None and reach.value is not None:
+            texts[BEYOND] = "yes" if abs(found.value) > reach.value else "no"
     return Row(model.label, results.method(name).label, cells, texts, config=name)

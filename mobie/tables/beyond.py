@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mobie.config import Scope
 from mobie.excess import (
@@ -83,6 +84,11 @@ def _label(results: Results, rival: str) -> str:
     return f"Of {results.method(names[0]).label}'s"
 
 
+def seeds_cell(mean: Cell) -> Cell:
+    """Number of seeds that a mean is over, as a value of its own; a hole where the mean is one."""
+    return replace(mean, value=None if mean.value is None or mean.n is None else float(mean.n), stderr=None)
+
+
 def _scope_rows(results: Results, model: Model, scope: Scope) -> list[Row]:
     names = rows_of(results, scope)
     means = {name: excess(results, model, name, results.protocol.texts) for name in names}
@@ -94,8 +100,7 @@ def _row(results: Results, model: Model, scope: Scope, name: str, means: Mapping
     for column, texts in texts_of(results).items():
         found = excess(results, model, name, texts)
         cells |= {column: found, f"{column}_interval": interval(found)}
-    n = cells[MEAN].n
-    cells["seeds"] = Cell(None if n is None else float(n), status=cells[MEAN].status, reason=cells[MEAN].reason)
+    cells["seeds"] = seeds_cell(cells[MEAN])
     for rival, row in scope.rivals.items():
         cells[f"of_{rival}"] = ratio(means[name], means[row])
     if name in scope.dial and ROUTING_RIVAL in scope.rivals:
