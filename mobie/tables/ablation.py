@@ -32,8 +32,9 @@ def build(results: Results) -> Table:
         tuple(rows),
         model_notes(results, models),
         (
-            "Above zero: worse than the method as it is. The difference is over the calibration seeds that both rows have, "
-            "runs of one seed compared with each other; reach: half of its 95 % t-interval, which one seed does not give.",
+            "Above zero: worse than the method as it is. The difference is over the calibration seeds that both rows "
+            "have, runs of one seed compared with each other; reach: half of its 95 % t-interval, which one seed does "
+            "not give.",
         ),
         tuple(models),
     )
