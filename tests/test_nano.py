@@ -41,6 +41,8 @@ TINY = Recipe(
     warmup_steps=2,
 )
 TINY_SHARED = replace(TINY, architecture="qwen2_moe", shared_intermediate_size=12)
+#: highest held-out perplexity with which a model is shipped; the second one saw two thirds of the tokens
+USABLE = {"nano-olmoe": 30, "nano-qwen2-moe": 35}
 SENTENCES = [f"The number {i} comes after {i - 1}, and before {i + 1}; nobody knows why." for i in range(1, 120)]
 TINY_CORPUS = Corpus(SENTENCES[:100], SENTENCES[100:], {}, 0)
 
@@ -197,5 +199,5 @@ def test_the_shipped_model_is_what_its_record_says(corpus: Corpus, name: str) ->
     assert len(stream) == record["heldout_tokens"]
     measured = heldout_perplexity(model, stream, recipe.sequence_length, None)
     assert measured == pytest.approx(record["heldout_perplexity"], rel=1e-4)
-    assert measured <= 30
+    assert measured <= USABLE[name]
     assert sum(file.stat().st_size for file in folder.iterdir()) < 25e6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mobie.cli import main
-from mobie.config import default_layout
+from mobie.config import default_layout, load_suite
 from mobie.errors import DataError
 from mobie.figures.seal import seal_svg
 from mobie.goals import judge_goals
@@ -74,9 +75,10 @@ def test_goals_are_told_with_both_numbers(repository: Layout) -> None:
     write_table(build_table("goals", Results("beyond", repository)), repository)
     fill_readme(repository)
     judged = judge_goals(Results("beyond", repository))
-    assert f"| nano-olmoe, whole model | 0 | 0 | {sum(one.scope.label == 'whole model' for one in judged)} |" in (
-        path.read_text()
-    )
+    goals = Counter((one.model.label, one.scope.label) for one in judged)
+    assert {model for model, _ in goals} == set(load_suite("beyond", repository).models)
+    for (model, scope), count in goals.items():
+        assert f"| {model}, {scope} | 0 | 0 | {count} |" in path.read_text()
     excess = next(one for one in judged if one.goal.measure == "excess")
     lower = replace(excess, verdict="holds", ours=Cell(0.25), theirs=Cell(0.5))
     higher = replace(excess, verdict="does not hold", ours=Cell(0.75), theirs=Cell(0.5))
