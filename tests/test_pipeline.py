@@ -130,6 +130,10 @@ class WatchedAllocation(Watched, AllocatingMethod):
     def options(self) -> dict[str, Any]:
         return self._inner.options
 
+    @property
+    def needs_gradients(self) -> bool:
+        return self._inner.needs_gradients
+
     def survey(self, view: LayerView) -> dict[str, Any]:
         return self._inner.survey(view)
 

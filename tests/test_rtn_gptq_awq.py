@@ -20,7 +20,8 @@ from mobie.packing.base import Packed
 from mobie.packing.grid import Grid
 
 CONFIGS = Path(__file__).parents[1] / "workflow" / "config" / "methods"
-OWN_CONFIGS = sorted(p for p in CONFIGS.glob("*.yaml") if p.stem.partition("-")[0] in {"fp16", "rtn", "gptq", "awq"})
+OWN = {"fp16", "rtn", "gptq", "awq"}
+OWN_CONFIGS = sorted(p for p in CONFIGS.glob("*.yaml") if yaml.safe_load(p.read_text())["method"] in OWN)
 
 
 def generator(seed: int) -> torch.Generator:

@@ -307,7 +307,7 @@ def write_record(corpus: Corpus, work: Path, recipe: Recipe) -> dict[str, Any]:
     """Write `work/training.json`: how the stored weights in `work/model` were made and how good they are."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     heldout = pack(corpus.heldout, tokenizer, recipe.seed)
-    model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32, use_safetensors=True).eval()
     with (work / LOG).open(newline="") as file:
         curve = [dict(zip(LOG_COLUMNS, map(float, row), strict=True)) for row in csv.reader(file)]
     record = {
